@@ -1,0 +1,132 @@
+"""Files and folders that are either complete or not there.
+
+Everything is first written under a hidden temporary name in the same parent folder (so that the final rename stays on
+one file system), flushed to the disk, then renamed. A crash, Ctrl-C or full disk never leaves half a file under the
+real name, and never touches what lay there before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from backends.errors import UserError
+
+_FULL_OR_READ_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path; write one file there, and it appears as `path` when the block ends without an exception.
+
+    The temporary name keeps the suffix of `path`, so writers that choose a format by suffix work. Missing parents are
+    made. On an exception the temporary file and the parents made are removed and `path` is as before.
+    Raises UserError when the place cannot be written or the disk is full.
+    """
+    target = Path(path).resolve()
+    with _written_beside(target) as temporary:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder; fill it, and it appears as `path` when the block ends without an exception.
+
+    A folder at `path` that is not empty is refused with UserError before the block runs, unless `overwrite`: then the
+    old folder stays until the new one is complete, and is removed after the exchange.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"'{path}' is a file, but a folder is to be written there. Remove it or name another folder.")
+    if not overwrite and is_filled(target):
+        raise UserError(f"The folder '{path}' is not empty. Name another folder, or allow overwriting it.")
+    with _written_beside(target) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        _exchange(temporary, target)
+        _sync(target.parent)
+
+
+def is_filled(folder: Path) -> bool:
+    """Whether `folder` exists and holds anything."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+@contextmanager
+def _written_beside(target: Path) -> Iterator[Path]:
+    """Yield a free hidden name beside `target`; tidy up on failure, and turn errors of the place into UserErrors."""
+    temporary = target.parent / f".tmp-{secrets.token_hex(4)}-{target.name}"
+    made: list[Path] = []
+    try:
+        _make_parents(target.parent, made)
+        yield temporary
+    except BaseException as error:
+        _remove(temporary)
+        for folder in reversed(made):
+            with suppress(OSError):  # somebody else wrote there meanwhile
+                folder.rmdir()
+        if isinstance(error, OSError) and _is_about(error, target, temporary):
+            reason = f"Cannot write '{target}': {error.strerror} ({error.filename or temporary.parent})."
+            raise UserError(f"{reason} Make room, or choose another place.") from error
+        raise
+
+
+def _is_about(error: OSError, target: Path, temporary: Path) -> bool:
+    """Whether the error tells of the place written to, rather than of some input the block was reading."""
+    if error.errno in _FULL_OR_READ_ONLY:
+        return True
+    named = Path(str(error.filename)) if error.filename is not None else None
+    return named is not None and (named == target or named in target.parents or temporary in (named, *named.parents))
+
+
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    """mkdir -p, noting in `made` what was not there."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    for place in reversed(missing):
+        place.mkdir(exist_ok=True)
+        made.append(place)
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Move the complete folder `new` to `target`; a folder already there is removed afterwards."""
+    if not target.exists():
+        os.rename(new, target)
+        return
+    old = target.parent / f".old-{secrets.token_hex(4)}-{target.name}"
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file's content (or the folder's entries) are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove what was half written, as far as it can be: the error that led here matters more."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

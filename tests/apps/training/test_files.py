@@ -1,0 +1,105 @@
+"""Atomic files and folders: complete or not there, whatever happens in between."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apps.training.files import atomic_folder, atomic_path
+from backends.errors import UserError
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_file_appears_only_when_the_block_ends(tmp_path):
+    target = tmp_path / "deep" / "er" / "plot.png"
+    with atomic_path(target) as temporary:
+        assert temporary.suffix == ".png"
+        temporary.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert names(target.parent) == {"plot.png"}
+
+
+@pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_the_old_file_and_no_trace(tmp_path, exception):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(exception), atomic_path(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half")
+        raise exception
+    with pytest.raises(exception), atomic_path(tmp_path / "not" / "there.txt") as temporary:
+        temporary.write_text("half")
+        raise exception
+    assert names(tmp_path) == {"a.txt"}
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_folder_appears_complete(tmp_path):
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "x").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "sub" / "x").read_text() == "1"
+    assert names(tmp_path) == {"out"}
+
+
+def test_filled_folder_is_refused_before_the_block_runs(tmp_path):
+    (tmp_path / "kept").write_text("old")
+    with pytest.raises(UserError, match="is not empty"), atomic_folder(tmp_path):
+        pytest.fail("the block ran")
+    assert names(tmp_path) == {"kept"}
+
+
+def test_overwriting_exchanges_the_whole_folder_or_nothing(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "kept").write_text("old")
+    with pytest.raises(ValueError), atomic_folder(out, overwrite=True) as temporary:
+        (temporary / "new").write_text("half")
+        raise ValueError
+    assert names(out) == {"kept"}
+    with atomic_folder(out, overwrite=True) as temporary:
+        (temporary / "new").write_text("all")
+    assert names(out) == {"new"}
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_link_to_another_disk_is_followed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "x").write_text("1")
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "x").exists()
+
+
+@pytest.mark.parametrize("atomic", [atomic_path, atomic_folder])
+def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path, atomic):
+    (tmp_path / "file").write_text("")
+    expected = "Cannot write .*file/x.*Make room, or choose another place"
+    with pytest.raises(UserError, match=expected), atomic(tmp_path / "file" / "x"):
+        pytest.fail("the block ran")
+
+
+def test_a_full_disk_is_one_clear_line_but_a_missing_input_stays_itself(tmp_path):
+    with pytest.raises(UserError, match="No space left"), atomic_path(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "x"):
+        (tmp_path / "no such input").read_text()
+
+
+def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    code = (
+        "import os, sys\nfrom apps.training.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as p:\n    p.write_text('half')\n    os.kill(os.getpid(), 9)\n"
+    )
+    root = Path(__file__).parents[3]
+    assert subprocess.run([sys.executable, "-c", code, str(target)], cwd=root, check=False).returncode == -9
+    assert target.read_text() == "old"
