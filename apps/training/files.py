@@ -71,6 +71,7 @@ def _written_beside(target: Path) -> Iterator[Path]:
     made: list[Path] = []
     try:
         _make_parents(target.parent, made)
+        os.scandir(target.parent).close()  # complains when it is a file
         yield temporary
     except BaseException as error:
         _remove(temporary)
