@@ -1,0 +1,111 @@
+"""How y = x Wᵀ and attention's two matmuls are computed. One file here = one backend, found by its file name.
+
+Listing backends imports none of them, and importing this package imports no torch: `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from backends.base import Backend
+    from backends.layers import BackendAttention, BackendLinear
+    from backends.routing import LayerInfo, Plan, Rule, plan, route
+    from backends.state import collect_state
+
+__all__ = [
+    "Backend",
+    "BackendAttention",
+    "BackendLinear",
+    "LayerInfo",
+    "Plan",
+    "Rule",
+    "UserError",
+    "available",
+    "collect_state",
+    "load",
+    "plan",
+    "route",
+]
+
+_LAZY = {
+    "Backend": "backends.base",
+    "BackendAttention": "backends.layers",
+    "BackendLinear": "backends.layers",
+    "LayerInfo": "backends.routing",
+    "Plan": "backends.routing",
+    "Rule": "backends.routing",
+    "collect_state": "backends.state",
+    "plan": "backends.routing",
+    "route": "backends.routing",
+}
+# The source says whether a file is a backend, so the house's own files (routing.py, layers.py, ...) need no list.
+_DEFINES_BACKEND = re.compile(r"^class \w+\((?:[\w.]+\.)?Backend\)", re.MULTILINE)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'backends' has no attribute '{name}'")
+
+
+@cache
+def available() -> tuple[str, ...]:
+    """Names of the backends that ship here: the files of this folder that define a subclass of Backend."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return tuple(file.stem for file in files if _DEFINES_BACKEND.search(file.read_text(encoding="utf-8")))
+
+
+def load(name: str, **options: Any) -> Backend:
+    """Build the backend called `name`: a file name of this folder, or `package.module:Class` from outside.
+
+    `options` are the fields of the backend's Config; an unknown field or a value of another type is a UserError.
+    """
+    backend_class = _outside_class(name) if ":" in name else _house_class(name)
+    return backend_class.from_options(options)
+
+
+def _house_class(name: str) -> type[Backend]:
+    if name not in available():
+        raise unknown("backend", name, available())
+    module = importlib.import_module(f"backends.{name}")
+    classes = _defined_backends(module)
+    camel_case = "".join(part.capitalize() for part in name.split("_"))
+    found = [cls for cls in classes if cls.__name__ == camel_case] or classes
+    assert len(found) == 1, f"{module.__file__} must define one Backend subclass, or one called {camel_case}"
+    return found[0]
+
+
+def _outside_class(name: str) -> type[Backend]:
+    from backends.base import Backend
+
+    module_name, _, class_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError, TypeError) as error:
+        # A module that exists but fails on an import of its own must not be reported as missing.
+        raise UserError(
+            f"Cannot import module '{module_name}' of backend '{name}': {error}. "
+            "Expected package.module:Class with the package installed or on PYTHONPATH."
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        names = [cls.__name__ for cls in _defined_backends(module)]
+        raise unknown(f"class in module '{module_name}'", class_name, names)
+    if not (inspect.isclass(found) and issubclass(found, Backend)):
+        raise UserError(f"'{name}' is not a backend. Expected a subclass of backends.base.Backend, got {found!r}.")
+    return found
+
+
+def _defined_backends(module: Any) -> list[type[Backend]]:
+    from backends.base import Backend
+
+    members = [member for member in vars(module).values() if inspect.isclass(member)]
+    return [cls for cls in members if issubclass(cls, Backend) and cls.__module__ == module.__name__]
