@@ -1,0 +1,142 @@
+"""Every setting of a run: its name, type, default, range and one line of what it does. Imports no torch.
+
+A field's metadata is what `--help` prints and what the checks enforce; `setting()` writes it. The settings of an
+optimizer or a schedule are the fields of its own `Config` (`apps/training/optimizers/NAME.py`); on the command line and
+in YAML they stand beside the common ones (`optimizer.lr=1e-3`), in Python they are `config.optimizer.settings.lr`.
+"""
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
+
+from backends.precision import PrecisionPolicy, resolve
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+AutoDtype = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+def setting(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    factory: Any = MISSING,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its line of help and the range a value has to lie in."""
+    bounds = {"above": above, "at_least": at_least, "below": below}
+    return field(default=default, default_factory=factory, metadata={"help": help, **bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    max_seq_length: int = setting(256, "tokens in a row; fixed by the artifact", at_least=2)
+    dtype: Dtype = setting("float32", "dtype the parameters are stored in")
+    compute_dtype: AutoDtype = setting("auto", "dtype of the matrix products; auto: model.dtype")
+    norm_dtype: AutoDtype = setting("auto", "dtype the norms are computed in; auto: at least float32")
+    residual_dtype: AutoDtype = setting("auto", "dtype of the residual stream; auto: model.dtype")
+    logits_dtype: AutoDtype = setting("auto", "dtype of logits and loss; auto: at least float32")
+    article_attention: bool = setting(False, "tokens attend inside their own article only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    config_name: str | None = setting(
+        None, "a named model or a folder with config.json; random weights; demo when neither key is given"
+    )
+    model_name_or_path: str | None = setting(None, "a folder with weights; command=compile reads only its config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    dataset: str | None = setting(None, "dataset folder; none: the embedded corpus, prepared when missing")
+    batch_size: int = setting(8, "rows per worker and microbatch; fixed by the artifact", at_least=1)
+    gradient_accumulation_steps: int = setting(1, "microbatches in a step", at_least=1)
+    max_steps: int | None = setting(None, "stop after this many steps; none: after num_epochs", at_least=1)
+    num_epochs: int = setting(1, "passes over the training rows", at_least=1)
+    seed: int = setting(42, "seed of the random weights and of the order of the rows", at_least=0)
+    output_dir: str = setting("outputs/runs/default", "where checkpoint, metrics and report go")
+    overwrite_output_dir: bool = setting(False, "replace another run found in output_dir")
+    evaluate: bool = setting(True, "evaluate on the dev split at the end")
+    eval_steps: int | None = setting(None, "evaluate every so many steps too", at_least=1)
+    max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; none: do not clip", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: str = setting("adamw", "a file in apps/training/optimizers; short: optimizer=NAME")
+    moments_dtype: AutoDtype = setting("auto", "dtype of the optimizer's state; auto: at least float32")
+    master_weights: Literal["auto", "none", "float32"] = setting(
+        "auto", "wider copy of the weights that is updated; auto: float32 for bfloat16 parameters"
+    )
+    settings: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    name: str = setting("linear", "a file in apps/training/schedules; short: schedule=NAME")
+    settings: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileConfig:
+    output_dir: str = setting("outputs/artifacts", "where artifacts are written, and where run looks for one")
+    arch: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compile for; auto: cuda where there is a GPU")
+    target: Literal["inductor", "eager"] = setting("inductor", "eager: plain autograd without an artifact")
+    verbose: bool = setting(False, "print each region's graph size, saved activations, kernels and seconds")
+    debug: bool = setting(False, "keep the graphs and the generated code in a folder")
+    recompute: Literal["none", "block"] = setting("none", "block: keep a block's input only, recompute the rest")
+    head_chunks: int | None = setting(None, "pieces the loss is computed in; none: chosen from the sizes", at_least=1)
+    workers: int | None = setting(None, "regions compiled at a time; none: one for each core", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    artifact: str | None = setting(None, "artifact to run; none: the one in compile.output_dir that fits")
+    cuda_graph: Literal["auto", "on", "off"] = setting("auto", "replay the step as one CUDA graph")
+    num_threads: int | None = setting(None, "CPU threads; none: one for each core", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    default: str = setting("dense", "what computes a layer that no rule names: a backend or package.module:Class")
+    rules: list[dict[str, Any]] = setting(
+        factory=list, help="first match wins: [{match: '*.mlp.*', use: dense}]; further keys: the backend's options"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    every: int = setting(1, "print a line every so many steps", at_least=1)
+    progress: Literal["auto", "on", "off"] = setting("auto", "live progress line; auto: on a terminal")
+    sample_prompt: str | None = setting(None, "text the report continues with the trained model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Compile a model's train step into an artifact, or train from one."""
+
+    command: Literal["compile", "run"] = setting(help="compile writes an artifact, run trains from it")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    extra: dict[str, Any] = field(default_factory=dict)  # what +new.key=value added, nested by the dots
+
+    @property
+    def precision(self) -> PrecisionPolicy:
+        """The dtype of everything, every `auto` filled in."""
+        return resolve(
+            self.model.dtype,
+            compute=self.model.compute_dtype,
+            norms=self.model.norm_dtype,
+            residual=self.model.residual_dtype,
+            logits=self.model.logits_dtype,
+            moments=self.optimizer.moments_dtype,
+            master=self.optimizer.master_weights,
+        )
