@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from apps.training.config_schema import setting
 from apps.training.optimizers._base import Optimizer
-from backends.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,21 +20,11 @@ class AdamW(Optimizer):
     class Config:
         """Settings of `optimizer=adamw`."""
 
-        lr: float = field(default=3e-4, metadata={"help": "peak learning rate"})
-        weight_decay: float = field(default=0.1, metadata={"help": "decoupled decay; norms and biases are exempt"})
-        beta1: float = field(default=0.9, metadata={"help": "decay of the gradient's running mean"})
-        beta2: float = field(default=0.95, metadata={"help": "decay of the squared gradient's running mean"})
-        eps: float = field(default=1e-8, metadata={"help": "added to the denominator"})
-
-        def __post_init__(self) -> None:
-            if not self.lr > 0.0:
-                raise UserError(f"optimizer.lr={self.lr} is not possible. Expected a rate above 0.")
-            for name in ("beta1", "beta2"):
-                if not 0.0 <= getattr(self, name) < 1.0:
-                    raise UserError(f"optimizer.{name}={getattr(self, name)} is not possible. Expected 0 up to below 1.")
-            for name in ("weight_decay", "eps"):
-                if not getattr(self, name) >= 0.0:
-                    raise UserError(f"optimizer.{name}={getattr(self, name)} is not possible. Expected 0 or more.")
+        lr: float = setting(3e-4, "peak learning rate", above=0)
+        weight_decay: float = setting(0.1, "decoupled decay; norms and biases are exempt", at_least=0)
+        beta1: float = setting(0.9, "decay of the gradient's running mean", at_least=0, below=1)
+        beta2: float = setting(0.95, "decay of the squared gradient's running mean", at_least=0, below=1)
+        eps: float = setting(1e-8, "added to the denominator", at_least=0)
 
     state_names = ("exp_avg", "exp_avg_sq")
     hyperparameter_names = (

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from apps.training.config_schema import setting
 from apps.training.schedules._base import Schedule
-from backends.errors import UserError
 
 
 class Linear(Schedule):
@@ -15,14 +15,8 @@ class Linear(Schedule):
     class Config:
         """Settings of `schedule=linear`."""
 
-        warmup_steps: int = field(default=0, metadata={"help": "steps until the peak; the first one is above 0"})
-        final_ratio: float = field(default=0.0, metadata={"help": "the line ends at this share of the peak"})
-
-        def __post_init__(self) -> None:
-            if self.warmup_steps < 0:
-                raise UserError(f"schedule.warmup_steps={self.warmup_steps} is not possible. Expected 0 or more steps.")
-            if not 0.0 <= self.final_ratio <= 1.0:
-                raise UserError(f"schedule.final_ratio={self.final_ratio} is not possible. Expected 0 to 1.")
+        warmup_steps: int = setting(0, "steps until the peak; the first one is above 0", at_least=0)
+        final_ratio: float = setting(0.0, "the line ends at this share of the peak", at_least=0)
 
     @staticmethod
     def learning_rate(step: int, total_steps: int, lr: float, config: Config) -> float:

@@ -42,7 +42,9 @@ def test_the_eta_follows_the_recent_pace_not_a_slow_start(clock: Clock) -> None:
     assert "ETA 13:20" in stream.getvalue().split(CLEAR)[-1]
 
 
-def test_lines_printed_while_the_live_line_is_up_come_out_whole(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_printed_while_the_live_line_is_up_come_out_whole(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     stream = io.StringIO()
     progress = Progress(10, "Training", mode="on", stream=stream, clock=clock)
     clock.now += 1.0

@@ -31,14 +31,8 @@ def test_runs_of_one_step_and_warm_ups_longer_than_the_run_are_fine() -> None:
     assert rates(2, warmup_steps=10) == pytest.approx([0.1, 0.2])
 
 
-@pytest.mark.parametrize("settings", [{"warmup_steps": -1}, {"final_ratio": 1.5}])
-def test_impossible_settings_are_named(settings: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=f"schedule.{next(iter(settings))}="):
-        Linear.Config(**settings)
-
-
 def test_schedules_are_found_by_file_name() -> None:
     assert "linear" in schedules.available()
     assert schedules.load("linear") is Linear
-    with pytest.raises(UserError, match="Unknown schedule 'liner'. Did you mean 'linear'?"):
+    with pytest.raises(UserError, match=r"Unknown schedule 'liner'\. Did you mean 'linear'\?"):
         schedules.load("liner")
