@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.errors import UserError, unknown
+from backends.errors import UserError, did_you_mean, unknown
 
 if TYPE_CHECKING:
     from backends.base import Backend
@@ -98,7 +98,10 @@ def _outside_class(name: str) -> type[Backend]:
     found = getattr(module, class_name, None)
     if found is None:
         names = [cls.__name__ for cls in _defined_backends(module)]
-        raise unknown(f"class in module '{module_name}'", class_name, names)
+        raise UserError(
+            f"Module '{module_name}' has no class '{class_name}'.{did_you_mean(class_name, names)} "
+            f"Backends defined in it: {', '.join(names) or 'none'}."
+        )
     if not (inspect.isclass(found) and issubclass(found, Backend)):
         raise UserError(f"'{name}' is not a backend. Expected a subclass of backends.base.Backend, got {found!r}.")
     return found

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. Its message is one line (tables excepted); apps print it and exit with code 2."""
+    """A mistake in what the user gave. Its message is one line (but for tables); apps print it and exit with code 2."""
 
 
 def did_you_mean(given: str, available: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ def at_least_float32(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionPolicy:
-    """Dtype names, all resolved. `master` is "none" or the dtype of the weights' wider copy that the optimizer updates."""
+    """Dtype names, all resolved. `master` is "none" or the dtype of the wider copy that the optimizer updates."""
 
     parameters: str = "float32"
     compute: str = "float32"

@@ -1,0 +1,120 @@
+"""Layers that ask a backend for their products. Made of them, a model changes its substrate, not its code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends import load
+from backends.base import Backend
+from backends.errors import UserError
+from backends.state import Stateful, device_of
+
+
+@cache
+def default_backend() -> Backend:
+    """The one `dense` that all layers share until a rule says otherwise."""
+    return load("dense")
+
+
+class BackendLinear(Stateful, nn.Linear):
+    """nn.Linear whose product a backend computes, in `compute_dtype` (None: the dtypes given)."""
+
+    backend: Backend
+    compute_dtype: torch.dtype | None = None
+    # Shapes of what the layer stores instead of weight and bias, which are then None.
+    stored: Mapping[str, tuple[int, ...]] | None = None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.set_backend(default_backend())
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear) -> BackendLinear:
+        """Turn a plain nn.Linear into one of these in place: the same object, with its weights, name and hooks."""
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        linear.set_backend(default_backend())
+        return linear
+
+    def set_backend(self, backend: Backend) -> None:
+        """Compute with `backend` from now on. Its state starts afresh; weights change only if it stores other ones."""
+        if self.stored is None:
+            self._store_parameters_of(backend)
+        elif backend != self.backend:
+            raise UserError(
+                f"This layer already stores {', '.join(self.stored)} for backend {self.backend}, so it cannot "
+                f"change to {backend}. Start from the dense checkpoint."
+            )
+        self.backend = backend
+        self.set_state(backend.linear_state(self.in_features, self.out_features), device_of(self))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → y [..., out_features]."""
+        x, backend = _cast(x, self.compute_dtype), self.backend
+        weight: Any
+        if self.stored is None:
+            weight = _cast(self.weight, self.compute_dtype)
+            bias = None if self.bias is None else _cast(self.bias, self.compute_dtype)
+        else:
+            weight, bias = {name: _cast(getattr(self, name), self.compute_dtype) for name in self.stored}, None
+        return self.call_with_state(lambda state: backend.linear(x, weight, bias, state, training=self.training))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, backend={self.backend}"
+
+    def _store_parameters_of(self, backend: Backend) -> None:
+        shapes = backend.parameter_spec(self.in_features, self.out_features, self.bias is not None)
+        if shapes is None:
+            return
+        bias = None if self.bias is None else self.bias.detach()
+        tensors = backend.initial_parameters(self.weight.detach(), bias)
+        made = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        assert made == shapes, f"{backend}: initial_parameters gave {made}, parameter_spec says {shapes}"
+        trained = self.weight.requires_grad
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
+        self.stored = shapes
+
+
+class BackendAttention(Stateful):
+    """Base of an attention layer whose two products, q kᵀ and weights · v, a backend computes: call `attend`."""
+
+    backend: Backend
+    compute_dtype: torch.dtype | None = None
+
+    def __init__(self, num_heads: int, head_dim: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.set_backend(default_backend())
+
+    def set_backend(self, backend: Backend) -> None:
+        """Compute with `backend` from now on. Its state starts afresh."""
+        self.backend = backend
+        self.set_state(backend.attention_state(self.num_heads, self.head_dim), device_of(self))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, is_causal: bool = True
+    ) -> Tensor:
+        """softmax(q kᵀ · scale) v: q [B, heads, S, head_dim], k and v [B, key_value_heads, S_kv, head_dim] → as q.
+
+        `mask` is boolean, True = attend, broadcast to [B, 1, S, S_kv]; `is_causal` counts only without a mask.
+        """
+        q, k, v = (_cast(x, self.compute_dtype) for x in (q, k, v))
+        backend = self.backend
+        return self.call_with_state(
+            lambda state: backend.attention(
+                q, k, v, mask=mask, scale=scale, is_causal=is_causal, state=state, training=self.training
+            )
+        )
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype)

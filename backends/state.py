@@ -1,0 +1,125 @@
+"""What layers remember for their backends, threaded functionally.
+
+Inside `collect_state()` a layer's new state goes to the collector and its buffers stay as they are: a second forward or
+a recompute reads the same state, gives the same numbers, and the last result counts once. Outside, as in any PyTorch
+training loop, a layer in training mode updates its buffers at the end of its forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from backends.base import State, StateSpec
+
+
+class CollectedState(dict[tuple[nn.Module, str], Tensor]):
+    """(layer, buffer name) → new value."""
+
+    def named(self, root: nn.Module) -> dict[str, Tensor]:
+        """The same under the buffers' full names in `root`, as in `root.named_buffers()`."""
+        paths = {module: f"{path}." if path else "" for path, module in root.named_modules()}
+        return {paths[layer] + name: value for (layer, name), value in self.items()}
+
+    def commit(self) -> None:
+        """Copy the new values into the layers' buffers; call it once a step."""
+        with torch.no_grad():
+            for (layer, name), value in self.items():
+                layer.get_buffer(name).copy_(value)
+
+
+# Not thread-local: on a GPU autograd recomputes activations in a thread of its own, which must see the collector too.
+_collectors: list[CollectedState] = []
+# The state a layer's last forward read, for the recompute of that forward by activation checkpointing.
+_before_update: WeakKeyDictionary[nn.Module, State] = WeakKeyDictionary()
+
+
+@contextmanager
+def collect_state() -> Iterator[CollectedState]:
+    """Collect the new state of every layer called inside; nothing is written to a buffer."""
+    collected = CollectedState()
+    _collectors.append(collected)
+    try:
+        yield collected
+    finally:
+        _collectors.pop()
+
+
+class Stateful(nn.Module):
+    """A layer with buffers for its backend: `.to(dtype)` keeps their dtype, leaving the meta device fills them."""
+
+    state_specs: Mapping[str, StateSpec] = MappingProxyType({})
+
+    def set_state(self, specs: Mapping[str, StateSpec], device: torch.device | None) -> None:
+        """Replace the buffers by those of `specs`, at their initial values. They are not part of a saved checkpoint."""
+        for name in self.state_specs:
+            delattr(self, name)
+        self.state_specs = specs
+        for name, spec in specs.items():
+            self.register_buffer(name, _initial(spec, device), persistent=False)
+
+    def call_with_state(self, compute: Callable[[State], tuple[Tensor, State]]) -> Tensor:
+        """Run `compute(state) -> (y, new state)` and keep the new state where it belongs now."""
+        if not self.state_specs:
+            return compute({})[0]
+        state: State = {name: self.get_buffer(name) for name in self.state_specs}
+        if _collectors:
+            y, new_state = compute(state)
+            if self.training:
+                _collectors[-1].update({(self, name): value.detach() for name, value in new_state.items()})
+            return y
+        if not self.training:
+            return compute(state)[0]
+        if _in_backward():
+            return compute(_before_update.get(self, state))[0]
+        # Copies: the graph may have saved the old values, and they are overwritten below.
+        before = {name: value.clone() for name, value in state.items()}
+        y, new_state = compute(before)
+        with torch.no_grad():
+            for name, value in new_state.items():
+                state[name].copy_(value)
+        if not torch.compiler.is_compiling():
+            _before_update[self] = before
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        before = {name: self.get_buffer(name) for name in self.state_specs}
+        super()._apply(fn, *args, **kwargs)
+        for name, old in before.items():
+            moved = self.get_buffer(name)
+            if old.is_meta and not moved.is_meta:
+                setattr(self, name, _initial(self.state_specs[name], moved.device))
+            elif moved.dtype != old.dtype:
+                setattr(self, name, old.to(moved.device))
+        return self
+
+
+def reset_state(model: nn.Module) -> None:
+    """Set every layer's state to its initial values, on the device of its parameters.
+
+    A model built on the meta device needs it when its parameters were put in place one by one.
+    """
+    for module in model.modules():
+        if isinstance(module, Stateful) and module.state_specs:
+            module.set_state(module.state_specs, device_of(module))
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """The device of the first parameter; None without parameters (then torch's default device applies)."""
+    parameter = next(module.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
+def _initial(spec: StateSpec, device: torch.device | None) -> Tensor:
+    return torch.full(spec.shape, spec.fill, dtype=getattr(torch, spec.dtype), device=device)
+
+
+def _in_backward() -> bool:
+    # The only sign that a forward is a recompute; torch.utils.checkpoint itself relies on it.
+    return torch._C._current_graph_task_id() != -1
