@@ -1,0 +1,167 @@
+"""The train step without capture: plain autograd and torch.optim.AdamW on the same model.
+
+It is the compiled step's independent twin (`compile.target=eager`) and shares no code with it: the same interface, the
+same inputs, the same losses up to rounding. It needs no artifact, works with any causal language model whose forward
+returns `.logits`, and is what to debug a model or a backend with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from apps.training.hyperparameters import is_decayed
+from apps.training.optimizers.adamw import AdamW
+from backends.errors import UserError
+from backends.precision import BITS, PrecisionPolicy, as_torch
+
+
+class StepResult(NamedTuple):
+    """0-d tensors on the device: reading them waits for it. `grad_norm` is None when gradients are not clipped."""
+
+    loss: Tensor
+    grad_norm: Tensor | None
+
+
+class EagerProgram:
+    """Runs `model`'s train step eagerly and updates its parameters in place.
+
+    The optimizer works on weights in the arithmetic's dtype (the widest of float32, parameters, masters and moments).
+    Where the policy stores something narrower, the values are rounded through the stored dtype after each step: the
+    numbers are those of narrow storage, the memory is not.
+    """
+
+    def __init__(self, model: nn.Module, *, optimizer: str, precision: PrecisionPolicy) -> None:
+        if optimizer != "adamw":
+            raise UserError(
+                f"compile.target=eager runs optimizer=adamw only, got '{optimizer}'. Use compile.target=inductor."
+            )
+        self.model = model
+        self.parameters = dict(model.named_parameters())
+        self.logits_dtype = as_torch(precision.logits)
+        self.moments_dtype = as_torch(precision.moments)
+        self.has_masters = precision.master != "none"
+        widths = ["float32", precision.parameters, precision.moments]
+        self.arithmetic = as_torch(
+            max([*widths, precision.master] if self.has_masters else widths, key=BITS.__getitem__)
+        )
+        # What the optimizer updates: the parameters themselves, or wider copies of them.
+        self.weights = {
+            name: parameter if parameter.dtype == self.arithmetic else parameter.detach().to(self.arithmetic)
+            for name, parameter in self.parameters.items()
+        }
+        self.groups = [
+            [name for name, parameter in self.parameters.items() if is_decayed(parameter) == decayed]
+            for decayed in (True, False)
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [self.weights[name] for name in names]} for names in self.groups], fused=True
+        )
+        self.row_of = {name: row for row, name in enumerate(self.parameters)}
+
+    def train_step(
+        self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
+    ) -> StepResult:
+        """One optimizer step over `microbatches` (input_ids, labels, grad_scale[, article_ids] on the device).
+
+        `hyperparameters` [parameters, hyperparameter_names] as `hyperparameter_table` makes it, on the host.
+        """
+        self.model.train()
+        loss, gradients = self._loss_and_gradients(microbatches)
+        for name, weight in self.weights.items():
+            weight.grad = gradients[name]
+        grad_norm = None
+        if max_grad_norm is not None:
+            grad_norm = nn.utils.clip_grad_norm_(list(self.weights.values()), max_grad_norm)
+        self._set_hyperparameters(hyperparameters)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._store()
+        return StepResult(loss, grad_norm)
+
+    def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor:
+        """Σ grad_scale · CE of one microbatch, 0-d, without an update and with the model in evaluation mode."""
+        with torch.no_grad(), _evaluating(self.model):
+            return self._loss(microbatch)
+
+    def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The step's summed gradients by parameter name, unclipped, without an update."""
+        return self._loss_and_gradients(microbatches)[1]
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """Parameter name → exp_avg, exp_avg_sq, the number of steps taken, and the master weight where there is one.
+
+        Empty before the first step, except for masters. The tensors are the live ones, not copies.
+        """
+        state: dict[str, dict[str, Tensor]] = {}
+        for name, weight in self.weights.items():
+            state[name] = dict(self.optimizer.state[weight])
+            if self.has_masters:
+                state[name]["master"] = weight
+        return state
+
+    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what `optimizer_state()` gave, so that the next step continues exactly."""
+        for name, weight in self.weights.items():
+            given = dict(state[name])
+            if self.has_masters:
+                with torch.no_grad():
+                    weight.copy_(given.pop("master"))
+            self.optimizer.state[weight] = {key: value.clone() for key, value in given.items()}
+
+    def _loss(self, microbatch: Mapping[str, Tensor]) -> Tensor:
+        extra = {"article_ids": microbatch["article_ids"]} if "article_ids" in microbatch else {}
+        logits = self.model(input_ids=microbatch["input_ids"], use_cache=False, **extra).logits
+        flat = logits.to(self.logits_dtype).flatten(0, 1)
+        each = F.cross_entropy(flat, microbatch["labels"].flatten(), reduction="none")
+        return (microbatch["grad_scale"].flatten() * each).sum()
+
+    def _loss_and_gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = []
+        total: dict[str, Tensor] = {}
+        for microbatch in microbatches:
+            loss = self._loss(microbatch)
+            losses.append(loss.detach())
+            found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
+            for name, gradient in zip(self.parameters, found, strict=True):
+                wide = gradient.to(self.arithmetic)
+                total[name] = total[name] + wide if name in total else wide
+        return torch.stack(losses).sum(), total
+
+    def _set_hyperparameters(self, table: Tensor) -> None:
+        for group, names in zip(self.optimizer.param_groups, self.groups, strict=True):
+            rows = table[[self.row_of[name] for name in names]]
+            assert (rows == rows[:1]).all(), "parameters of one group must share their hyper-parameters"
+            if names:
+                number = dict(zip(AdamW.hyperparameter_names, rows[0].tolist(), strict=True))
+                group["lr"], group["betas"] = number["lr"], (number["beta1"], number["beta2"])
+                group["eps"], group["weight_decay"] = number["eps"], number["weight_decay"]
+
+    @torch.no_grad()
+    def _store(self) -> None:
+        """Write the wider copies back, rounding whatever the policy stores in a narrower dtype."""
+        for name, parameter in self.parameters.items():
+            weight = self.weights[name]
+            if weight is not parameter:
+                parameter.copy_(weight)
+                if not self.has_masters:
+                    weight.copy_(parameter)
+            if self.moments_dtype != self.arithmetic:
+                for moment in AdamW.state_names:
+                    value = self.optimizer.state[weight][moment]
+                    value.copy_(value.to(self.moments_dtype))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
