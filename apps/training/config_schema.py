@@ -28,6 +28,11 @@ def setting(
     return field(default=default, default_factory=factory, metadata={"help": help, **bounds})
 
 
+def plugin(package: str) -> Any:
+    """A field for the settings of the plugin that the section's `name` chooses: an instance of its `Config`."""
+    return field(default=None, metadata={"plugin": package})
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     max_seq_length: int = setting(256, "tokens in a row; fixed by the artifact", at_least=2)
@@ -69,13 +74,13 @@ class OptimizerConfig:
     master_weights: Literal["auto", "none", "float32"] = setting(
         "auto", "wider copy of the weights that is updated; auto: float32 for bfloat16 parameters"
     )
-    settings: Any = None
+    settings: Any = plugin("apps.training.optimizers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     name: str = setting("linear", "a file in apps/training/schedules; short: schedule=NAME")
-    settings: Any = None
+    settings: Any = plugin("apps.training.schedules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +131,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    extra: dict[str, Any] = field(default_factory=dict)  # what +new.key=value added, nested by the dots
+    extra: dict[str, Any] = field(default_factory=dict, metadata={"free": True})  # +new.key=value, nested by the dots
 
     @property
     def precision(self) -> PrecisionPolicy:

@@ -1,0 +1,31 @@
+"""The frame every program here starts in: a user's mistake is one line on stderr and exit code 2, never a traceback."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from backends.errors import UserError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader (`| head`) went away
+
+
+def run_main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call `program` with the command line's arguments and return its exit code (None counts as 0).
+
+    A program's entry point is `def main() -> int: return run_main(program)`, called as `sys.exit(main())`.
+    """
+    try:
+        code = program(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # here, where a closed pipe can still be caught
+        return code or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit and would complain about the same pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE

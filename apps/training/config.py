@@ -1,0 +1,168 @@
+"""From a command line to typed settings: `section.key=value …`, `config=FILE.yaml`, `+own.key=value`, `--help`.
+
+Values come from the schema's defaults, then the file, then the command line. Every mistake is one UserError that names
+the key, what was given and what was expected. omegaconf converts and checks each value against its annotation.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import backends
+from apps.training.config_arguments import Assignment, choose_plugins, read_arguments
+from apps.training.config_help import help_text, names_note
+from apps.training.config_keys import Key, plugin_config, unknown_key
+from apps.training.config_schema import TrainConfig
+from apps.training.config_yaml import parse_yaml, write_yaml
+from backends.errors import UserError, did_you_mean, unknown
+
+T = TypeVar("T")
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """The settings of train_llm. Raises UserError for a mistake and SystemExit after printing `--help`."""
+    config = parse_dataclass(TrainConfig, argv, program="train_llm.py", notes=names_note)
+    names = config.checkpoint
+    if names.config_name is not None and names.model_name_or_path is not None:
+        raise UserError(
+            "Please specify exactly one of checkpoint.config_name or checkpoint.model_name_or_path; got "
+            f"checkpoint.config_name={names.config_name} and checkpoint.model_name_or_path={names.model_name_or_path}."
+        )
+    for number, rule in enumerate(config.backend.rules):
+        if not (isinstance(rule.get("match"), str) and isinstance(rule.get("use"), str)):
+            raise UserError(f"backend.rules[{number}] is {rule}. Expected {{match: 'PATTERN', use: BACKEND, ...}}.")
+    for name in (config.backend.default, *(rule["use"] for rule in config.backend.rules)):
+        if ":" not in name and name not in backends.available():
+            raise unknown("backend", name, backends.available())
+    assert config.precision  # refuses dtypes that do not go together
+    return config
+
+
+def parse_dataclass(
+    schema: type[T], argv: Sequence[str], *, program: str | None = None, notes: Callable[[], str] | None = None
+) -> T:
+    """An instance of the dataclass `schema` (flat or nested) from `argv`. `notes` is text for the end of `--help`."""
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(help_text(schema, program or Path(sys.argv[0]).name, notes() if notes else ""))
+        raise SystemExit(0)
+    given = read_arguments(argv, schema)
+    keys, given = choose_plugins(schema, given)
+    can_add = any(field.metadata.get("free") for field in dataclasses.fields(schema))  # type: ignore[arg-type]
+    values = {path: key.default for path, key in keys.items()}
+    extra: dict[str, Any] = {}
+    for item in given:
+        if item.path in keys:
+            values[item.path] = _convert(keys[item.path], item)
+        elif item.added and can_add:
+            _add(extra, item, keys)
+        else:
+            raise unknown_key(item.path, keys, item.origin, can_add)
+    missing = [key for path, key in keys.items() if values[path] is dataclasses.MISSING]
+    if missing:
+        first = missing[0]
+        write = " or ".join(f"{first.path}={choice}" for choice in first.choices) or f'{first.path}="…"'
+        raise UserError(f"{first.path} is missing ({first.help or first.type_name}). Expected {write}. See --help.")
+    return _build(schema, values, extra)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The settings as nested plain values, a plugin's settings beside the common ones."""
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if "plugin" in field.metadata:
+            result.update(to_mapping(value))
+        elif not field.metadata.get("free") or value:
+            result[field.name] = to_mapping(value) if dataclasses.is_dataclass(value) else value
+    return result
+
+
+def to_yaml(config: Any) -> str:
+    """The effective settings as YAML; passed back with `config=FILE.yaml` they give an equal config."""
+    return write_yaml(to_mapping(config))
+
+
+def _convert(key: Key, item: Assignment) -> Any:
+    """The assigned value in the key's type; UserError when it does not fit the type or the range."""
+    value = item.value
+    if not item.origin:
+        value = _read_text(key, value)
+    elif isinstance(value, bool) and "on" in key.choices:
+        value = "on" if value else "off"  # YAML reads a bare on as true
+    if value is None and key.optional:
+        return None
+    if key.choices or (isinstance(value, str) and key.plain_type is str):
+        if key.choices and value not in key.choices:
+            raise _wrong_value(key, item)
+        return value
+    box = OmegaConf.structured(dataclasses.make_dataclass("Box", [("value", key.type)]))
+    try:
+        box.value = value
+        converted = OmegaConf.to_container(box)["value"]  # type: ignore[index,call-overload]
+    except OmegaConfBaseException:
+        raise _wrong_value(key, item) from None
+    if isinstance(converted, str) and key.plain_type is not str:  # "${x}": a reference, which settings do not have
+        raise _wrong_value(key, item)
+    if isinstance(converted, float | int) and not isinstance(converted, bool) and not _in_range(converted, key):
+        raise _wrong_value(key, item)
+    return converted
+
+
+def _read_text(key: Key, text: str) -> Any:
+    """What a command-line text spells: itself for a text or a choice, else YAML."""
+    if not text:
+        null = f" or {key.path}=null" if key.optional else ""
+        raise UserError(f"'{key.path}=' has no value. Expected {key.path}=VALUE{null}, with {key.expected}.")
+    if key.optional and text == "null":
+        return None
+    return text if key.choices or key.plain_type is str else parse_yaml(text, f"{key.path}={text}")
+
+
+def _in_range(value: float, key: Key) -> bool:
+    return (
+        math.isfinite(value)
+        and (key.above is None or value > key.above)
+        and (key.at_least is None or value >= key.at_least)
+        and (key.below is None or value < key.below)
+    )
+
+
+def _wrong_value(key: Key, item: Assignment) -> UserError:
+    near = did_you_mean(str(item.value), map(str, key.choices))
+    given = "null" if item.value is None else repr(item.value)
+    return UserError(f"Wrong value for {key.path}{item.origin}: expected {key.expected}, got {given}.{near}")
+
+
+def _add(extra: dict[str, Any], item: Assignment, keys: Mapping[str, Key]) -> None:
+    """Put a setting the schema lacks into `extra`, nested by its dots."""
+    *folders, last = item.path.split(".")
+    if not all((*folders, last)):
+        raise UserError(f"Cannot add '{item.path}'. Expected +section.key=value with a name between the dots.")
+    place = extra
+    for folder in folders:
+        place = place.setdefault(folder, {})
+        if not isinstance(place, dict):
+            raise UserError(f"Cannot add '{item.path}': '{folder}' has a value already. Expected a section there.")
+    place[last] = item.value if item.origin else parse_yaml(item.value, f"+{item.path}={item.value}")
+
+
+def _build(schema: type[T], values: Mapping[str, Any], extra: dict[str, Any], prefix: str = "") -> T:
+    """Instances of the schema's dataclasses, filled from dotted `values`."""
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
+        kind = get_type_hints(schema)[field.name]
+        if dataclasses.is_dataclass(kind):
+            arguments[field.name] = _build(kind, values, extra, f"{prefix}{field.name}.")  # type: ignore[type-var]
+        elif "plugin" in field.metadata:
+            plugin = plugin_config(field.metadata["plugin"], values[f"{prefix}name"])
+            names = [inner.name for inner in dataclasses.fields(plugin)]
+            arguments[field.name] = plugin(**{name: values[prefix + name] for name in names})
+        else:
+            arguments[field.name] = extra if field.metadata.get("free") else values[prefix + field.name]
+    return schema(**arguments)

@@ -1,0 +1,61 @@
+"""YAML as settings are written in it: `1e-4` is a number, a key given twice is a mistake, errors fit on one line."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from backends.errors import UserError
+
+FLOAT = "tag:yaml.org,2002:float"
+# YAML 1.1 takes 1e-4 for a text because it has no dot; people who write learning rates do not.
+EXPONENT = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
+
+
+class Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = next((key for key, _ in node.value if names.count(key.value) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key '{twice.value}' is given twice", twice.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:  # equal lists are written out, not as &id001 and *id001
+        return True
+
+
+for reader_or_writer in (Loader, Dumper):
+    reader_or_writer.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value that `text` spells; UserError naming `origin` and the place when it is not YAML."""
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        hint = " A pattern that starts with * has to be quoted: '*.mlp.*'." if "alias" in str(error) else ""
+        raise UserError(f"Cannot read {origin}{where}: {problem}. Expected YAML.{hint}") from None
+
+
+def read_yaml_mapping(path: str) -> dict[str, Any]:
+    """The mapping in the file at `path`; UserError when there is none."""
+    try:
+        value = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise UserError(f"Cannot read config={path}: {error.strerror}. Expected a YAML file of settings.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"Cannot read config={path}: it is not UTF-8 text. Expected a YAML file of settings.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"Cannot use config={path}: expected a mapping of sections, got {type(value).__name__}.")
+    return value
+
+
+def write_yaml(value: dict[str, Any]) -> str:
+    """`value` as YAML, in its own order."""
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
