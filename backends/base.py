@@ -183,7 +183,7 @@ class Backend:
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options().items())
-        return f"{self.name}({options})"
+        return f"{self.name}({options})" if options else self.name
 
 
 def parameter_count(spec: Mapping[str, tuple[int, ...]]) -> int:

@@ -1,0 +1,238 @@
+"""Which backend computes which layer: rules in, a plan out, applied to a model in place.
+
+A rule is `{match: PATTERN, use: BACKEND, option: value, ...}`. PATTERN is a glob over a layer's full dotted name (`*`
+also crosses dots, `?` and `[0-3]` as in a shell): `*.mlp.*` takes the MLP's linears, `*.self_attn` the attention
+products, `*.self_attn.*` the linears inside attention. The first rule that matches a layer takes it; a backend that
+computes no attention leaves attention layers to later rules. The language-model head (any layer with `lm_head` in its
+path) is taken only by a pattern that spells `lm_head` out (`lm_head`, `*lm_head`): neither `*` nor the default moves
+it away from dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import nn
+
+from backends import load
+from backends.base import Backend
+from backends.errors import UserError, did_you_mean
+from backends.layers import BackendAttention, BackendLinear
+from backends.routing_table import count_text, plain_table, shorten
+
+HEAD = "lm_head"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerInfo:
+    """What a plan needs to know of a layer; `flops_per_token` of its products in the forward, in dense arithmetic."""
+
+    kind: Literal["linear", "attention"]
+    in_features: int
+    out_features: int
+    parameters: int
+    flops_per_token: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Layers whose name matches go to the backend called `use`, built with `options`."""
+
+    match: str
+    use: str
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> Rule:
+        """Read one entry of `backend.rules`."""
+        form = "Expected {match: PATTERN, use: BACKEND, option: value, ...}."
+        if not isinstance(given, Mapping):
+            raise UserError(f"A routing rule is {given!r}. {form}")
+        for key in ("match", "use"):
+            if not isinstance(given.get(key), str):
+                near = did_you_mean(key, [name for name in given if name not in ("match", "use")])
+                near = near.replace("Did you mean", "Is it what you meant by") if near else ""
+                raise UserError(f"Routing rule {dict(given)} has no text for '{key}'.{near} {form}")
+        return cls(given["match"], given["use"], {k: v for k, v in given.items() if k not in ("match", "use")})
+
+    def names(self, layer: str) -> bool:
+        """Whether the pattern covers the layer's full name, the head's exception included."""
+        spelled_out = HEAD in self.match or HEAD not in layer.split(".")
+        return spelled_out and fnmatchcase(layer, self.match)
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """One row of a plan: the layers a rule took (or "(default)" and "(dense)": those that none did)."""
+
+    match: str
+    backend: Backend
+    layers: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every layer in exactly one route."""
+
+    layers: Mapping[str, LayerInfo]
+    routes: tuple[Route, ...]
+
+    def backend_of(self, layer: str) -> Backend:
+        """The backend that computes `layer`."""
+        return next(route.backend for route in self.routes if layer in route.layers)
+
+    def table(self) -> str:
+        """Pattern, backend, count, layers, parameters, share of the routed layers' FLOPs, as text."""
+        rows = [("pattern", "backend", "count", "layers", "parameters", "FLOPs")]
+        total = sum(layer.flops_per_token for layer in self.layers.values()) or 1.0
+        for route in self.routes:
+            infos = [self.layers[name] for name in route.layers]
+            share = sum(info.flops_per_token for info in infos) / total
+            names = shorten(route.layers)
+            parameters = count_text(sum(info.parameters for info in infos))
+            rows.append((route.match, str(route.backend), str(len(infos)), names[0], parameters, f"{share:.1%}"))
+            rows += [("", "", "", name, "", "") for name in names[1:]]
+        return plain_table(rows, right=(2, 4, 5))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """What an artifact's manifest stores: rows with the backend's name, options and source fingerprint."""
+        return [
+            {
+                "match": route.match,
+                "use": route.backend.name,
+                "options": route.backend.options(),
+                "fingerprint": route.backend.fingerprint(),
+                "layers": list(route.layers),
+            }
+            for route in self.routes
+        ]
+
+
+def plan(
+    layers: Mapping[str, LayerInfo], rules: Sequence[Rule | Mapping[str, Any]] = (), default: str = "dense"
+) -> Plan:
+    """Assign a backend to every layer. Pure: the same arguments give an equal plan, and nothing is changed.
+
+    A rule that takes no layer is a UserError: a misspelt pattern must not train a dense model in silence.
+    """
+    left = dict(layers)
+    routes: list[Route] = []
+    for given in rules:
+        rule = given if isinstance(given, Rule) else Rule.from_mapping(given)
+        backend = load(rule.use, **rule.options)
+        taken = tuple(name for name, info in left.items() if rule.names(name) and backend.computes(info.kind))
+        if not taken:
+            raise _useless(rule, backend, layers, routes)
+        routes.append(Route(rule.match, backend, taken))
+        for name in taken:
+            del left[name]
+    fallback = load(default)
+    defaulted = tuple(name for name, info in left.items() if _takes_by_default(fallback, name, info))
+    others = tuple(name for name in left if name not in defaulted)
+    if defaulted:
+        routes.append(Route("(default)", fallback, defaulted))
+    if others:
+        routes.append(Route("(dense)", load("dense"), others))
+    return Plan(dict(layers), tuple(routes))
+
+
+def route(
+    model: nn.Module,
+    rules: Sequence[Rule | Mapping[str, Any]] = (),
+    default: str = "dense",
+    *,
+    sequence_length: int | None = None,
+) -> Plan:
+    """Route every plain nn.Linear, BackendLinear and BackendAttention of any torch model, in place.
+
+    Plain linears change their class and keep everything else: weights, names, hooks, ties. Works on meta and fake
+    tensors. A UserError leaves the model as it was. `sequence_length` only weighs attention in the table; by default
+    it is the `max_seq_length` of the model's config.
+    """
+    if sequence_length is None:
+        sequence_length = getattr(getattr(model, "config", None), "max_seq_length", 0)
+    planned = plan(layers_of(model, sequence_length), rules, default)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # In evaluation PyTorch fuses this layer and reads the weights past our linears; 0 turns that off.
+            module.activation_relu_or_gelu = 0
+    for one in planned.routes:
+        for name in one.layers:
+            layer = model.get_submodule(name)
+            if type(layer) is nn.Linear:
+                layer = BackendLinear.adopt(layer)
+            assert isinstance(layer, BackendLinear | BackendAttention)
+            layer.set_backend(one.backend)
+    return planned
+
+
+def layers_of(model: nn.Module, sequence_length: int = 0) -> dict[str, LayerInfo]:
+    """The routable layers of a model by full name. Other subclasses of nn.Linear are left alone."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BackendLinear) or type(module) is nn.Linear:
+            if type(module) is nn.Linear and "forward" in vars(module):
+                raise UserError(
+                    f"Layer '{name}' has had its forward replaced (by accelerate or a tracer), which would bypass its "
+                    "backend. Route the model before it is prepared."
+                )
+            found[name] = _linear_info(module)
+        elif isinstance(module, BackendAttention):
+            width = module.num_heads * module.head_dim
+            # Two products over a causal context of half the sequence on average.
+            flops = 2 * 2.0 * width * sequence_length / 2
+            found[name] = LayerInfo(
+                kind="attention", in_features=width, out_features=width, parameters=0, flops_per_token=flops
+            )
+    return found
+
+
+def _linear_info(layer: nn.Linear) -> LayerInfo:
+    return LayerInfo(
+        kind="linear",
+        in_features=layer.in_features,
+        out_features=layer.out_features,
+        parameters=sum(parameter.numel() for parameter in layer.parameters()),
+        flops_per_token=2.0 * layer.in_features * layer.out_features,
+    )
+
+
+def _takes_by_default(backend: Backend, name: str, info: LayerInfo) -> bool:
+    return backend.computes(info.kind) and (HEAD not in name.split(".") or backend == load("dense"))
+
+
+def _useless(rule: Rule, backend: Backend, layers: Mapping[str, LayerInfo], routes: Sequence[Route]) -> UserError:
+    """Say why a rule takes no layer, and what to type instead."""
+    given = f"Routing rule '{rule.match}' → {backend}"
+    matched = [name for name in layers if rule.names(name)]
+    computable = [name for name in matched if backend.computes(layers[name].kind)]
+    if computable:
+        takers = [f"'{route.match}'" for route in routes if set(route.layers) & set(computable)]
+        return UserError(
+            f"{given} takes no layer: {' and '.join(takers)} before it took all {len(computable)} that it matches "
+            "(the first match wins). Put it first, or remove it."
+        )
+    if matched:
+        kind = layers[matched[0]].kind
+        return UserError(f"{given} takes no layer: it matches {kind} layers only, which this backend does not compute.")
+    if any(fnmatchcase(name, rule.match) for name in layers):
+        return UserError(f"{given} takes no layer: it matches the head only, and a rule for that must name '{HEAD}'.")
+    return UserError(f"{given} matches no layer. Near it: {_nearest(rule.match, layers)}.")
+
+
+def _nearest(pattern: str, layers: Iterable[str]) -> str:
+    """Up to three groups of layers whose path has parts that look like those the pattern spells out."""
+
+    def likeness(name: str) -> float:
+        parts = name.split(".")
+        return sum(max(SequenceMatcher(None, word, part).ratio() for part in parts) for word in words)
+
+    words = [word for word in re.split(r"[.*?]+", pattern) if word]
+    names = sorted(layers, key=likeness, reverse=True)
+    best = [name for name in names if likeness(name) == likeness(names[0])]
+    return ", ".join(shorten(best)[:3]) or "nothing, for the model has no linear or attention layer"
