@@ -1,0 +1,151 @@
+"""Will the run fit? An estimate made before anything is allocated, against what the device has free."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from backends.errors import UserError
+from backends.precision import BITS, PrecisionPolicy
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes a training run holds at its peak, by what they are for."""
+
+    parameters: int
+    masters: int
+    moments: int
+    gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {gibibytes(value)}" for name, value in asdict(self).items() if value)
+        return f"{gibibytes(self.total)} ({parts})"
+
+
+def estimate(
+    num_parameters: int, precision: PrecisionPolicy, *, state_tensors: int, activations: int, wide_gradients: bool
+) -> MemoryEstimate:
+    """The peak of a run that holds `activations` bytes between forward and backward.
+
+    `state_tensors`: tensors of optimizer state for each parameter. `wide_gradients`: they are summed in at least
+    float32 (over microbatches, or for masters) rather than kept in the parameters' dtype.
+    """
+    width = {name: BITS[dtype] // 8 for name, dtype in asdict(precision).items() if dtype != "none"}
+    gradient = max(width["parameters"], 4) if wide_gradients else width["parameters"]
+    return MemoryEstimate(
+        parameters=num_parameters * width["parameters"],
+        masters=num_parameters * width.get("master", 0),
+        moments=num_parameters * width["moments"] * state_tensors,
+        gradients=num_parameters * gradient,
+        activations=activations,
+    )
+
+
+def eager_activations(model_config: Any, precision: PrecisionPolicy, *, batch_size: int, seq_length: int) -> int:
+    """Bytes plain autograd keeps for the backward pass of a Llama-like model, plus the logits' working set.
+
+    Per token a block keeps about 10 hidden vectors (both norms' inputs and outputs, the attention output, the residual
+    stream), 4 of the heads' width (queries before and after rotation, keys and values spread over the query heads) and
+    4 of the MLP's; the loss holds the logits, their float copy, the log-softmax and its gradient.
+    """
+    heads = model_config.num_attention_heads * model_config.head_dim
+    per_block = 10 * model_config.hidden_size + 4 * heads + 4 * model_config.intermediate_size
+    compute, residual, logits = (BITS[name] // 8 for name in (precision.compute, precision.residual, precision.logits))
+    blocks = model_config.num_hidden_layers * per_block * max(compute, residual)
+    head = model_config.vocab_size * (compute + 3 * logits)
+    return batch_size * seq_length * (blocks + head)
+
+
+def require_memory(needed: MemoryEstimate, available: int, device: str) -> None:
+    """UserError when `needed` is more than the `available` bytes of `device`; it says what to lower first."""
+    if needed.total <= available:
+        return
+    if needed.activations > available - (needed.total - needed.activations) > 0:
+        fix = "Lower training.batch_size (and raise training.gradient_accumulation_steps) or model.max_seq_length"
+    else:
+        fix = "Choose a smaller model, or model.dtype=bfloat16 with optimizer.master_weights=none"
+    raise UserError(
+        f"Not enough memory for this run: it needs about {needed}, but {device} has {gibibytes(available)} free. {fix}."
+    )
+
+
+def available_memory(device: str) -> int:
+    """Free bytes of "cpu" (what this process may still take, containers and limits included) or of a CUDA device."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(min(_host_memory(), _cgroup_memory(), _address_space()))
+
+
+def gibibytes(count: float) -> str:
+    """`1.5 GiB`, `12.0 MiB`."""
+    return f"{count / GIB:,.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"
+
+
+def _host_memory(path: Path = Path("/proc/meminfo")) -> float:
+    for line in _lines(path):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return math.inf
+
+
+def _cgroup_memory(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
+    """What the tightest control group above this process leaves, counting droppable page cache as free (v2 and v1)."""
+    left = math.inf
+    for folder, limit_name, usage_name, cache_name in _cgroups(root, membership):
+        limit, usage = _number(folder / limit_name), _number(folder / usage_name)
+        if limit is not None and usage is not None:
+            counters = dict(line.split() for line in _lines(folder / "memory.stat") if len(line.split()) == 2)
+            left = min(left, limit - usage + int(counters.get(cache_name, 0)))
+    return max(left, 0)
+
+
+def _cgroups(root: Path, membership: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """The process's control groups from its own up to the root, with the names of their files."""
+    for line in _lines(membership):
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            base, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for relative in (group, *group.parents):
+            yield base / relative, *names
+
+
+def _address_space() -> float:
+    """What `ulimit -v` leaves."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    pages = (_lines(Path("/proc/self/statm")) or ["0"])[0].split()[0]
+    return max(limit - int(pages) * resource.getpagesize(), 0)
+
+
+def _number(path: Path) -> int | None:
+    text = (_lines(path) or [""])[0]
+    return int(text) if text.isdigit() else None  # "max": no limit
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
