@@ -1,0 +1,153 @@
+"""The artifact: one file that holds a compiled train step. No weights, ever.
+
+A zip without compression: `manifest.json`, `regions/*` (machine code), `graphs/*.txt` (readable). The manifest lists the sha256 of
+every member, and the zip's comment that of the manifest, so that a truncated or altered file is refused before any of its code runs.
+"""
+
+import hashlib
+import io
+import json
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backends.errors import UserError
+
+from .regions import Region, RegionSpec
+from .spec import SCHEMA_VERSION, FieldDifference, StepSpec, difference, difference_table
+
+SUFFIX = ".substrate"
+_COMPILE_AGAIN = "compile it again with command=compile."
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened, verified artifact: its path and manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return self.manifest["spec"]
+
+    @property
+    def device_type(self) -> str:
+        return self.spec["device"]["kind"]
+
+    def region_specs(self) -> dict[str, RegionSpec]:
+        return {name: RegionSpec.from_json(entry) for name, entry in self.manifest["regions"].items()}
+
+    def require(self, spec: StepSpec, recompile: str) -> None:
+        """Refuse a run the artifact was not made for: `UserError` with the table of differing fields and the command to recompile."""
+        found = difference(self.spec, spec.to_json())
+        if found:
+            raise UserError(
+                f"Artifact {self.path} was compiled for another step; {len(found)} field(s) differ. Compile one for this run: {recompile}\n"
+                + difference_table(found)
+            )
+
+    def load_regions(self) -> dict[str, Region]:
+        """Machine code of every region, ready to run; nothing is compiled."""
+        from . import lowering
+
+        regions = {}
+        with zipfile.ZipFile(self.path) as archive, tempfile.TemporaryDirectory(prefix="substrate-load-") as folder:
+            for name, spec in self.region_specs().items():
+                file = Path(folder) / Path(spec.file).name
+                file.write_bytes(_verified(archive, spec.file, spec.sha256, self.path))
+                # the code stays mapped after its file is gone, so that nothing is left behind, not even by a kill
+                regions[name] = Region(spec, lowering.load(file, self.device_type))
+        return regions
+
+
+def pack(manifest: dict[str, Any], members: Iterable[tuple[str, bytes]]) -> bytes:
+    """The artifact as bytes: equal input, equal bytes. Adds every member's sha256 to the manifest's `members`."""
+    buffer = io.BytesIO()
+    digests = {}
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members:
+            digests[name] = hashlib.sha256(content).hexdigest()
+            archive.writestr(zipfile.ZipInfo(name), content)
+        text = json.dumps(manifest | {"members": digests}, indent=1).encode()
+        archive.writestr(zipfile.ZipInfo("manifest.json"), text)
+        archive.comment = hashlib.sha256(text).hexdigest().encode()
+    return buffer.getvalue()
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open and verify the file; `UserError` when it is missing, truncated, altered or no artifact."""
+    if not path.is_file():
+        raise UserError(f"No artifact at '{path}'. Give run.artifact an existing {SUFFIX} file, or compile one with command=compile.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read("manifest.json")
+            if hashlib.sha256(text).hexdigest().encode() != archive.comment:
+                raise UserError(f"Artifact {path} is altered: its manifest's sha256 is not the recorded one; {_COMPILE_AGAIN}")
+            manifest = json.loads(text)
+            for name, digest in manifest["members"].items():
+                _verified(archive, name, digest, path)
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, EOFError, OSError) as error:
+        raise UserError(f"'{path}' is not a complete artifact ({type(error).__name__}: {error}); {_COMPILE_AGAIN}") from None
+    schema = str(manifest["spec"]["versions"].get("schema"))
+    if schema != str(SCHEMA_VERSION):
+        raise UserError(f"Artifact {path} has schema version {schema}, this program reads {SCHEMA_VERSION}; {_COMPILE_AGAIN}")
+    return Artifact(path, manifest)
+
+
+def read_member(artifact: Artifact, name: str) -> bytes:
+    """One member's content, for people who inspect an artifact."""
+    with zipfile.ZipFile(artifact.path) as archive:
+        return archive.read(name)
+
+
+def _verified(archive: zipfile.ZipFile, name: str, digest: str, path: Path) -> bytes:
+    content = archive.read(name)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"Artifact {path} is altered: the sha256 of {name} is not the recorded one; {_COMPILE_AGAIN}")
+    return content
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The artifact of a folder that differs least from a spec."""
+
+    artifact: Artifact
+    differences: list[FieldDifference]
+
+
+def find(folder: Path, spec: StepSpec) -> Artifact | Nearest | None:
+    """The artifact in `folder` that serves `spec`; else the nearest one with its differences; None when there is none at all.
+
+    Files that cannot be read are passed over: one broken file must not hide a good one.
+    """
+    exact = folder / spec.file_name
+    candidates = [exact] if exact.is_file() else []
+    if folder.is_dir():
+        candidates += sorted(path for path in folder.glob(f"*{SUFFIX}") if path != exact)
+    nearest: Nearest | None = None
+    for path in candidates:
+        try:
+            manifest = peek(path)
+        except UserError:
+            if path == exact:
+                raise
+            continue
+        found = difference(manifest["spec"], spec.to_json())
+        if not found:
+            return open_artifact(path)
+        if nearest is None or len(found) < len(nearest.differences):
+            nearest = Nearest(Artifact(path, manifest), found)
+    return nearest
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """The manifest alone, without verifying the machine code: enough to compare specs."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.read("manifest.json"))
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, EOFError, OSError) as error:
+        raise UserError(f"'{path}' is not a complete artifact ({type(error).__name__}: {error}); {_COMPILE_AGAIN}") from None

@@ -1,0 +1,146 @@
+"""Trace the parts of a train step into regions: pure graphs with named inputs and outputs, on fake tensors, without weights.
+
+A stage (the embedding, a block) becomes a forward and a backward graph. What the backward needs is passed by name: a forward
+input is taken from where it already lies, and only true activations leave the forward as `saved_i`.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from . import lowering
+from .regions import RegionSpec, TensorSpec
+from .stages import Stage
+
+
+@dataclass
+class Captured:
+    """A traced region, not yet machine code: graph, fake inputs, spec."""
+
+    graph: GraphModule
+    inputs: list[Tensor]
+    spec: RegionSpec
+
+    @property
+    def identity(self) -> str:
+        """Equal for two regions that compute the same thing on the same inputs: the hash of graph and input specs."""
+        text = self.graph.code + "".join(f"{spec.name}:{spec}" for spec in (*self.spec.inputs, *self.spec.outputs))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class Sources:
+    """Makes the fake tensors a trace starts from, on one device."""
+
+    mode: FakeTensorMode
+    device: torch.device
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
+        with self.mode:
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device, requires_grad=requires_grad)
+
+    def like(self, tensor: Tensor, requires_grad: bool = False) -> Tensor:
+        return self.empty(tensor.shape, tensor.dtype, requires_grad)
+
+    def stage_tensors(self, stage: Stage, with_grad: bool = True) -> dict[str, Tensor]:
+        """Parameters and state of a stage by local name, in the stage's order."""
+        parameters = dict(stage.module.named_parameters())
+        buffers = dict(stage.module.named_buffers())
+        tensors = {
+            slot.local: self.like(parameters[slot.local], with_grad and parameters[slot.local].requires_grad)
+            for slot in stage.parameters
+        }
+        return tensors | {slot.local: self.like(buffers[slot.local]) for slot in stage.state}
+
+
+def capture_function(
+    name: str, function: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor], outputs: Sequence[str], mutated: Sequence[str] = ()
+) -> Captured:
+    """Trace `function(*inputs)` as one region; it may call `autograd.grad` inside and write the inputs named in `mutated`."""
+    graph = lowering.trace(function, list(inputs.values()))
+    results = [lowering.node_value(node) for node in _output_nodes(graph)]
+    return _region(name, graph, inputs, dict(zip(outputs, results, strict=True)), mutated)
+
+
+def capture_stage(name: str, stage: Stage, activations: dict[str, Tensor], sources: Sources) -> tuple[Captured, Captured]:
+    """Forward and backward region of a stage.
+
+    `activations` are the tensors after parameters and state, the first being the one the gradient flows to (token ids get none).
+    Forward: parameters, state, activations → `output`, `new_<state>`…, `saved_i`…. Backward: what it needs by name, `grad_output`
+    → `grad_<parameter>`…, `grad_<activation>`.
+    """
+    tensors = sources.stage_tensors(stage)
+    inputs = tensors | activations
+    state_names = [slot.local for slot in stage.state]
+
+    def forward(*flat: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(inputs, flat, strict=True))
+        output, new_state = stage.call({key: named[key] for key in tensors}, *(named[key] for key in activations))
+        # an output must not be one of the inputs: a statistic that did not change is handed on as a copy
+        return (output, *(new_state[key] if key in new_state else named[key].clone() for key in state_names))
+
+    outputs = ["output", *(f"new_{key}" for key in state_names)]
+    joint = lowering.trace_joint(forward, list(inputs.values()))
+    forward_graph, backward_graph = lowering.split_joint(joint, len(outputs))
+    return _name_crossing(name, forward_graph, backward_graph, inputs, outputs)
+
+
+def _name_crossing(
+    name: str, forward: GraphModule, backward: GraphModule, inputs: dict[str, Tensor], outputs: list[str]
+) -> tuple[Captured, Captured]:
+    """Give every tensor that crosses from forward to backward a name, and drop the ones that need not leave the forward."""
+    placeholders = [node.name for node in forward.graph.nodes if node.op == "placeholder"]
+    source_of = dict(zip(placeholders, inputs, strict=True))
+    results = _output_nodes(forward)
+    kept, saved_names, crossing = results[: len(outputs)], {}, {}
+    for node in results[len(outputs) :]:
+        if node.op == "placeholder":
+            crossing[node.name] = source_of[node.name]
+        elif node in kept:
+            crossing[node.name] = outputs[kept.index(node)]
+        elif node.name not in crossing:
+            saved_names[node] = crossing[node.name] = f"saved_{len(saved_names)}"
+    _set_outputs(forward, [*kept, *saved_names])
+    forward_values = {n: lowering.node_value(node) for n, node in zip([*outputs, *saved_names.values()], [*kept, *saved_names], strict=True)}
+    forward_region = _region(f"{name}_forward", forward, inputs, forward_values)
+
+    backward_inputs: dict[str, Tensor] = {}
+    for node in [node for node in backward.graph.nodes if node.op == "placeholder"]:
+        label = crossing.get(node.name, "grad_output")
+        backward_inputs[label] = lowering.node_value(node)
+    # one gradient for each forward input, None where it needs none
+    gradients = {f"grad_{n}": node for n, node in zip(inputs, _output_nodes(backward), strict=True) if node is not None}
+    _set_outputs(backward, list(gradients.values()))
+    values = {label: lowering.node_value(node) for label, node in gradients.items()}
+    return forward_region, _region(f"{name}_backward", backward, backward_inputs, values)
+
+
+def _region(
+    name: str, graph: GraphModule, inputs: dict[str, Tensor], outputs: dict[str, Tensor], mutated: Sequence[str] = ()
+) -> Captured:
+    fakes = [tensor.detach() for tensor in inputs.values()]
+    spec = RegionSpec(
+        name,
+        [TensorSpec.of(label, tensor) for label, tensor in inputs.items()],
+        [TensorSpec.of(label, tensor) for label, tensor in outputs.items()],
+        mutated=list(mutated),
+        flops=lowering.count_flops(graph, fakes),
+        nodes=sum(node.op == "call_function" for node in graph.graph.nodes),
+    )
+    return Captured(graph, fakes, spec)
+
+
+def _output_nodes(graph: GraphModule) -> list[Node]:
+    results = graph.graph.output_node().args[0]
+    return list(results) if isinstance(results, tuple | list) else [results]  # type: ignore[list-item]
+
+
+def _set_outputs(graph: GraphModule, nodes: Sequence[Node]) -> None:
+    graph.graph.output_node().args = (tuple(nodes),)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()

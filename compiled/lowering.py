@@ -1,0 +1,163 @@
+"""Everything that touches torch's private compiler interfaces: tracing to graphs, splitting them, turning them into machine code.
+
+CPU regions become one shared library each (AOTInductor): running one needs no compiler and no cache. CUDA regions become
+Inductor bundles (`standalone_compile`), because loading an AOTInductor library crashes inside `std::regex` on some hosts.
+The names used here exist in torch 2.11 to 2.13; a newer torch is checked by this file's tests and nowhere else.
+"""
+
+import contextlib
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+
+from .regions import RunFunction
+
+
+def fake_mode() -> FakeTensorMode:
+    """Tensors with shapes and strides but no storage: a 70B model is captured in the memory of its graph."""
+    return FakeTensorMode()
+
+
+def trace_joint(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> GraphModule:
+    """Forward and backward of a pure function of flat tensors as one graph; gradients for inputs that require them."""
+    from torch._functorch.aot_autograd import aot_export_joint_simple
+
+    joint: Any = aot_export_joint_simple(function, tuple(inputs), trace_joint=True)
+    return joint[0] if isinstance(joint, tuple) else joint
+
+
+def split_joint(joint: GraphModule, num_outputs: int) -> tuple[GraphModule, GraphModule]:
+    """Min-cut the joint graph into forward and backward so that few and small activations cross from one to the other."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    return min_cut_rematerialization_partition(joint, None, num_fwd_outputs=num_outputs)
+
+
+def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> GraphModule:
+    """A function that may write its inputs in place or call `autograd.grad` inside, as one graph of aten operators."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(function, tracing_mode="fake")(*inputs)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def attention_context(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Which attention kernels a trace may pick. On CUDA cuDNN first: 1.43 ms against flash's 2.26 at 8x32x2048x64 on one H200."""
+    if device_type != "cuda":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
+def _options(device_type: str) -> dict[str, Any]:
+    if device_type == "cuda":
+        return {}
+    # The thread count is a matter of the run, not of the artifact: two workers with one thread each use the same file.
+    return {"cpp.dynamic_threads": True}
+
+
+@contextlib.contextmanager
+def _deterministic(device_type: str) -> Iterator[None]:
+    # Scattered sums (the embedding's gradient) would use atomics on CPU, whose order changes from run to run.
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(device_type == "cpu" or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: Path, debug: Path | None = None) -> int:
+    """Compile `graph` for `device_type` into the file `path`; returns the number of kernels the compiler made.
+
+    `inputs` are (fake) tensors that fix shape, dtype, stride and device. With `debug` the generated code is kept in that folder.
+    """
+    from torch._inductor import config, metrics
+
+    metrics.reset()
+    options = _options(device_type)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_deterministic(device_type))
+        if debug is not None:
+            debug.mkdir(parents=True, exist_ok=True)
+            options |= {"trace.enabled": True, "trace.debug_dir": str(debug)}
+        stack.enter_context(config.patch(options))
+        (_lower_cuda if device_type == "cuda" else _lower_cpu)(graph, inputs, path)
+    return int(metrics.generated_kernel_count)
+
+
+def _lower_cpu(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
+    from torch._inductor import aot_compile
+
+    # The compiler keeps its sources beside the library: let it work in a folder that goes away.
+    with tempfile.TemporaryDirectory(prefix="substrate-lower-") as folder:
+        library = aot_compile(graph, tuple(inputs), options={"aot_inductor.output_path": f"{folder}/region.so"})
+        path.write_bytes(Path(str(library)).read_bytes())
+
+
+def _lower_cuda(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
+    from torch._inductor import standalone_compile
+
+    compiled: Any = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
+    compiled.save(path=str(path), format="binary")
+
+
+def load(path: Path, device_type: str) -> RunFunction:
+    """Machine code from `path` as a function of the input tensors. Nothing is compiled and no cache is read."""
+    if device_type == "cuda":
+        return _load_cuda(path)
+    # Not `aoti_load_package`: that one probes the CPU with a compiler, which takes seconds and needs one on the PATH.
+    runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+    return runner.run
+
+
+def _load_cuda(path: Path) -> RunFunction:
+    from torch._inductor import CompiledArtifact
+
+    loaded: Any = CompiledArtifact.load(path=str(path), format="binary")
+
+    @functools.wraps(loaded)
+    def run(tensors: list[Tensor]) -> Sequence[Tensor]:
+        with torch.no_grad():
+            return loaded(*tensors)
+
+    return run
+
+
+def graph_text(graph: GraphModule) -> str:
+    """The graph as readable code, with the shape of every value."""
+    return str(graph.print_readable(print_output=False))
+
+
+def count_flops(graph: GraphModule, inputs: Sequence[Tensor]) -> int:
+    """FLOPs of the matrix products and attention in one run of `graph` (2mkn each), counted on fake tensors."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # tensors the graph makes itself (an arange) must be fake as well
+    mode = next((tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor)), contextlib.nullcontext())
+    with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
+        graph(*inputs)
+    return int(counter.get_total_flops())
+
+
+def node_value(node: Node) -> Tensor:
+    """The fake tensor a node of a traced graph stands for."""
+    return node.meta["val"]
+
+
+def compile_threads() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,112 @@
+"""What the compile room asks of a model, and how it sees one: an embedding, a row of blocks, a head.
+
+The room knows no model family. A model says which submodules play which part (`stages()`); everything else, parameters, state
+buffers, which blocks are alike, is read off the modules.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from backends.state import collect_state
+
+
+class StageNames(Protocol):
+    """Submodule paths of the parts of a model."""
+
+    @property
+    def embed(self) -> str: ...
+    @property
+    def blocks(self) -> list[str]: ...
+    @property
+    def norm(self) -> str: ...
+    @property
+    def head(self) -> str: ...
+
+
+class StagedModel(Protocol):
+    """A causal language model that can be cut into embed → blocks → norm → head.
+
+    embed(input_ids) → hidden_states; block(hidden_states, cos, sin, mask) → hidden_states; norm and head → logits. Each is a pure
+    function of its parameters, its state buffers and these tensors.
+    """
+
+    def stages(self) -> StageNames: ...
+    def rotary_tables(self, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]: ...
+    def article_mask(self, article_ids: Tensor) -> Tensor: ...
+    def get_submodule(self, target: str) -> nn.Module: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter or state buffer of a stage: its name inside the stage and the model's name for it."""
+
+    local: str
+    full: str
+
+
+@dataclass
+class Stage:
+    """One part of the model with its parameters and state buffers in a fixed order."""
+
+    path: str
+    module: nn.Module
+    parameters: list[Slot]
+    state: list[Slot]
+
+    def call(self, tensors: dict[str, Tensor], *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The stage as a pure function: parameters and state by local name in; output and new state by local name out."""
+        with collect_state() as collected:
+            output = torch.func.functional_call(self.module, tensors, inputs)
+        return output, collected.named(self.module)
+
+
+def canonical_names(model: nn.Module) -> dict[int, str]:
+    """Name of each parameter by identity; a tied parameter has the first of its names."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def make_stage(model: nn.Module, path: str) -> Stage:
+    """The stage at submodule `path`, with the model's names of its parameters (tied ones: the first name)."""
+    module = model.get_submodule(path)
+    names = canonical_names(model)
+    parameters = [Slot(local, names[id(parameter)]) for local, parameter in module.named_parameters()]
+    state = [Slot(local, f"{path}.{local}") for local, _ in module.named_buffers()]
+    return Stage(path, module, parameters, state)
+
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+
+
+def structure(module: nn.Module) -> str:
+    """Fingerprint of what makes two blocks trace to the same graph: classes, plain settings, backends, tensor shapes.
+
+    Tracing a block takes about a second; comparing structures takes a millisecond, so compile time stays flat in depth.
+    """
+
+    def describe(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+            return repr(value)
+        if isinstance(value, tuple | list):
+            return [describe(item) for item in value]
+        if isinstance(value, Mapping):
+            return [[str(key), describe(item)] for key, item in value.items()]
+        if hasattr(value, "fingerprint"):
+            return value.fingerprint()
+        if is_dataclass(value):
+            return repr(value)
+        return f"{type(value).__qualname__}@{id(value)}"  # a shared object (the model's config) is the same one in every block
+
+    parts = []
+    for name, part in module.named_modules():
+        settings = {key: describe(value) for key, value in vars(part).items() if key not in _MODULE_INTERNALS}
+        parts.append([name, f"{type(part).__module__}.{type(part).__qualname__}", part.training, sorted(settings.items())])
+    tensors = [[name, list(p.shape), str(p.dtype), p.requires_grad] for name, p in module.named_parameters()]
+    tensors += [[name, list(b.shape), str(b.dtype)] for name, b in module.named_buffers()]
+    return hashlib.sha256(json.dumps([parts, tensors]).encode()).hexdigest()
