@@ -16,6 +16,12 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def write_half(atomic, exception):
+    with atomic as temporary:
+        (temporary / "new" if temporary.is_dir() else temporary).write_text("half")
+        raise exception
+
+
 def test_file_appears_only_when_the_block_ends(tmp_path):
     target = tmp_path / "deep" / "er" / "plot.png"
     with atomic_path(target) as temporary:
@@ -29,12 +35,9 @@ def test_file_appears_only_when_the_block_ends(tmp_path):
 @pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt, SystemExit])
 def test_failure_leaves_the_old_file_and_no_trace(tmp_path, exception):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(exception), atomic_path(tmp_path / "a.txt") as temporary:
-        temporary.write_text("half")
-        raise exception
-    with pytest.raises(exception), atomic_path(tmp_path / "not" / "there.txt") as temporary:
-        temporary.write_text("half")
-        raise exception
+    for target in (tmp_path / "a.txt", tmp_path / "not" / "there.txt"):
+        with pytest.raises(exception):
+            write_half(atomic_path(target), exception)
     assert names(tmp_path) == {"a.txt"}
     assert (tmp_path / "a.txt").read_text() == "old"
 
@@ -59,9 +62,8 @@ def test_overwriting_exchanges_the_whole_folder_or_nothing(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "kept").write_text("old")
-    with pytest.raises(ValueError), atomic_folder(out, overwrite=True) as temporary:
-        (temporary / "new").write_text("half")
-        raise ValueError
+    with pytest.raises(KeyboardInterrupt):
+        write_half(atomic_folder(out, overwrite=True), KeyboardInterrupt)
     assert names(out) == {"kept"}
     with atomic_folder(out, overwrite=True) as temporary:
         (temporary / "new").write_text("all")
