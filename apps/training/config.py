@@ -5,6 +5,7 @@ the key, what was given and what was expected. omegaconf converts and checks eac
 """
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,19 +29,7 @@ T = TypeVar("T")
 def parse(argv: Sequence[str]) -> TrainConfig:
     """The settings of train_llm. Raises UserError for a mistake and SystemExit after printing `--help`."""
     config = parse_dataclass(TrainConfig, argv, program="train_llm.py", notes=names_note)
-    names = config.checkpoint
-    if names.config_name is not None and names.model_name_or_path is not None:
-        raise UserError(
-            "Please specify exactly one of checkpoint.config_name or checkpoint.model_name_or_path; got "
-            f"checkpoint.config_name={names.config_name} and checkpoint.model_name_or_path={names.model_name_or_path}."
-        )
-    for number, rule in enumerate(config.backend.rules):
-        if not (isinstance(rule.get("match"), str) and isinstance(rule.get("use"), str)):
-            raise UserError(f"backend.rules[{number}] is {rule}. Expected {{match: 'PATTERN', use: BACKEND, ...}}.")
-    for name in (config.backend.default, *(rule["use"] for rule in config.backend.rules)):
-        if ":" not in name and name not in backends.available():
-            raise unknown("backend", name, backends.available())
-    assert config.precision  # refuses dtypes that do not go together
+    _check(config)
     return config
 
 
@@ -60,7 +49,7 @@ def parse_dataclass(
         if item.path in keys:
             values[item.path] = _convert(keys[item.path], item)
         elif item.added and can_add:
-            _add(extra, item, keys)
+            _add(extra, item)
         else:
             raise unknown_key(item.path, keys, item.origin, can_add)
     missing = [key for path, key in keys.items() if values[path] is dataclasses.MISSING]
@@ -88,6 +77,23 @@ def to_yaml(config: Any) -> str:
     return write_yaml(to_mapping(config))
 
 
+def _check(config: TrainConfig) -> None:
+    """Refuse what no single key can tell: settings that exclude each other, names of backends."""
+    names = config.checkpoint
+    if names.config_name is not None and names.model_name_or_path is not None:
+        raise UserError(
+            "Please specify exactly one of checkpoint.config_name or checkpoint.model_name_or_path; got "
+            f"checkpoint.config_name={names.config_name} and checkpoint.model_name_or_path={names.model_name_or_path}."
+        )
+    for number, rule in enumerate(config.backend.rules):
+        if not (isinstance(rule.get("match"), str) and isinstance(rule.get("use"), str)):
+            raise UserError(f"backend.rules[{number}] is {rule}. Expected {{match: 'PATTERN', use: BACKEND, ...}}.")
+    for name in (config.backend.default, *(rule["use"] for rule in config.backend.rules)):
+        if ":" not in name and name not in backends.available():
+            raise unknown("backend", name, backends.available())
+    assert config.precision  # refuses dtypes that do not go together
+
+
 def _convert(key: Key, item: Assignment) -> Any:
     """The assigned value in the key's type; UserError when it does not fit the type or the range."""
     value = item.value
@@ -103,7 +109,7 @@ def _convert(key: Key, item: Assignment) -> Any:
         return value
     box = OmegaConf.structured(dataclasses.make_dataclass("Box", [("value", key.type)]))
     try:
-        box.value = value
+        OmegaConf.update(box, "value", value)
         converted = OmegaConf.to_container(box)["value"]  # type: ignore[index,call-overload]
     except OmegaConfBaseException:
         raise _wrong_value(key, item) from None
@@ -116,10 +122,7 @@ def _convert(key: Key, item: Assignment) -> Any:
 
 def _read_text(key: Key, text: str) -> Any:
     """What a command-line text spells: itself for a text or a choice, else YAML."""
-    if not text:
-        null = f" or {key.path}=null" if key.optional else ""
-        raise UserError(f"'{key.path}=' has no value. Expected {key.path}=VALUE{null}, with {key.expected}.")
-    if key.optional and text == "null":
+    if text == "null":
         return None
     return text if key.choices or key.plain_type is str else parse_yaml(text, f"{key.path}={text}")
 
@@ -134,12 +137,12 @@ def _in_range(value: float, key: Key) -> bool:
 
 
 def _wrong_value(key: Key, item: Assignment) -> UserError:
+    given = item.value if isinstance(item.value, str) and not item.origin else json.dumps(item.value, default=str)
     near = did_you_mean(str(item.value), map(str, key.choices))
-    given = "null" if item.value is None else repr(item.value)
-    return UserError(f"Wrong value for {key.path}{item.origin}: expected {key.expected}, got {given}.{near}")
+    return UserError(f"Wrong value {key.path}={given}{item.origin}. Expected {key.expected}.{near}")
 
 
-def _add(extra: dict[str, Any], item: Assignment, keys: Mapping[str, Key]) -> None:
+def _add(extra: dict[str, Any], item: Assignment) -> None:
     """Put a setting the schema lacks into `extra`, nested by its dots."""
     *folders, last = item.path.split(".")
     if not all((*folders, last)):
@@ -149,6 +152,8 @@ def _add(extra: dict[str, Any], item: Assignment, keys: Mapping[str, Key]) -> No
         place = place.setdefault(folder, {})
         if not isinstance(place, dict):
             raise UserError(f"Cannot add '{item.path}': '{folder}' has a value already. Expected a section there.")
+    if isinstance(place.get(last), dict):
+        raise UserError(f"Cannot add '{item.path}': '{last}' is a section already. Expected +{item.path}.KEY=VALUE.")
     place[last] = item.value if item.origin else parse_yaml(item.value, f"+{item.path}={item.value}")
 
 
@@ -156,9 +161,9 @@ def _build(schema: type[T], values: Mapping[str, Any], extra: dict[str, Any], pr
     """Instances of the schema's dataclasses, filled from dotted `values`."""
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(schema):  # type: ignore[arg-type]
-        kind = get_type_hints(schema)[field.name]
+        kind: Any = get_type_hints(schema)[field.name]
         if dataclasses.is_dataclass(kind):
-            arguments[field.name] = _build(kind, values, extra, f"{prefix}{field.name}.")  # type: ignore[type-var]
+            arguments[field.name] = _build(kind, values, extra, f"{prefix}{field.name}.")  # type: ignore[arg-type]
         elif "plugin" in field.metadata:
             plugin = plugin_config(field.metadata["plugin"], values[f"{prefix}name"])
             names = [inner.name for inner in dataclasses.fields(plugin)]

@@ -26,6 +26,8 @@ def read_arguments(argv: Sequence[str], schema: type) -> list[Assignment]:
         path, equals, value = argument.partition("=")
         if not equals or path.startswith("-"):
             raise UserError(_not_an_assignment(argument, schema))
+        if not value:
+            raise UserError(f"'{argument}' has no value. Expected {path}=VALUE, or {path}=null to unset it.")
         added = path.startswith("+")
         item = Assignment(_full_path(path.removeprefix("+"), schema), value, added=added)
         if item.path in line:
@@ -54,16 +56,13 @@ def _flatten(mapping: Mapping[Any, Any], prefix: str, schema: type, origin: str)
     """A file's nested sections as dotted assignments; what lies under `extra` is what `+key` had added."""
     sections = sections_of(keys_of(schema))
     free = {field.name for field in dataclasses.fields(schema) if field.metadata.get("free")}
-    items = []
+    items: list[Assignment] = []
     for name, value in mapping.items():
         path = f"{prefix}{name}"
-        added = path.split(".")[0] in free
-        if isinstance(value, Mapping) and value and (path in sections or added):
-            items += _flatten(value, path + ".", schema, origin)
-        elif path in sections and not value:
-            continue  # `model:` with nothing under it
-        elif added:
-            items.append(Assignment(path.partition(".")[2], value, origin, added=True))
+        if path in free and isinstance(value, Mapping):
+            items += [Assignment(str(key), added, origin, added=True) for key, added in value.items()]
+        elif path in sections and isinstance(value, Mapping | None):
+            items += _flatten(value or {}, path + ".", schema, origin)  # `model:` with nothing under it is no mistake
         else:
             items.append(Assignment(_full_path(path, schema), value, origin))
     return items

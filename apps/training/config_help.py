@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import textwrap
 from importlib import import_module
 from typing import Any, get_type_hints
 
@@ -9,7 +10,7 @@ import backends
 import modelzoo
 from apps.training.config_keys import Key, keys_of, plugin_config
 
-COLUMN = 54  # where the lines of help start
+COLUMN = 50  # where the lines of help start
 
 
 def help_text(schema: type, program: str, notes: str = "") -> str:
@@ -31,18 +32,21 @@ def help_text(schema: type, program: str, notes: str = "") -> str:
 
 def names_note() -> str:
     """The names that `backend.*` and `checkpoint.config_name` take. Imports no backend and no model."""
-    return f"backends: {', '.join(backends.available())}\nmodels:   {', '.join(modelzoo.named_configs())}"
+    return "\n".join(
+        textwrap.fill(f"{kind} {', '.join(names)}", width=118, subsequent_indent=" " * 10)
+        for kind, names in (("backends:", backends.available()), ("models:  ", modelzoo.named_configs()))
+    )
 
 
 def _section(schema: type, name: str) -> str:
     """The lines of one section; "" for a field that is none."""
-    kind = get_type_hints(schema)[name]
+    kind: Any = get_type_hints(schema)[name]
     if not dataclasses.is_dataclass(kind):
         return ""
     lines = [name]
     packages = [field.metadata["plugin"] for field in dataclasses.fields(kind) if "plugin" in field.metadata]
     own = [field.name for field in dataclasses.fields(kind) if "plugin" not in field.metadata]
-    keys = keys_of(kind, prefix=f"{name}.")
+    keys = keys_of(kind, prefix=f"{name}.")  # type: ignore[arg-type]
     lines += [_line(keys[f"{name}.{field}"]) for field in own]
     for package in packages:
         for plugin in import_module(package).available():

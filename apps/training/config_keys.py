@@ -90,7 +90,7 @@ def _walk(schema: type, plugins: Mapping[str, str], prefix: str) -> Iterator[Key
         if dataclasses.is_dataclass(annotations[field.name]):
             yield from _walk(annotations[field.name], plugins, path + ".")
         elif "plugin" in field.metadata:
-            name = plugins.get(prefix[:-1]) or schema.__dataclass_fields__["name"].default
+            name = plugins.get(prefix[:-1]) or schema.name  # type: ignore[attr-defined]
             yield from _walk(plugin_config(field.metadata["plugin"], name), plugins, prefix)
         elif not field.metadata.get("free"):
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -143,17 +143,17 @@ def _nearest(path: str, keys: Mapping[str, Key]) -> list[str]:
     """Up to three keys that `path` may stand for: a name known elsewhere, the same last part, or similar letters."""
     section, _, last = path.rpartition(".")
     renamed = f"{KNOWN_ELSEWHERE.get(section, section)}.{last}"
-    elsewhere = [key for key in (KNOWN_ELSEWHERE.get(last), renamed) if key in keys]
+    elsewhere = [key for key in (KNOWN_ELSEWHERE.get(last), renamed) if key and key in keys]
     if elsewhere:
         return elsewhere[:1]
     same_last = [key for key in keys if key.rpartition(".")[2] == last]
     if same_last:
-        return difflib.get_close_matches(path, same_last, n=3, cutoff=0.0)
-    by_path = difflib.get_close_matches(path, keys, n=1, cutoff=0.75)
-    if by_path:
-        return by_path
-    lasts = {key.rpartition(".")[2]: key for key in keys}
-    return [lasts[name] for name in difflib.get_close_matches(last, lasts, n=1, cutoff=0.75)]
+        return list(difflib.get_close_matches(path, same_last, n=3, cutoff=0.0))
+    lasts = {key.rpartition(".")[2]: key for key in keys if not section or key.startswith(section + ".")}
+    near = [lasts[name] for name in difflib.get_close_matches(last, lasts, n=1, cutoff=0.65)]
+    if near or section in sections_of(keys):
+        return near
+    return difflib.get_close_matches(path, [*keys, *sections_of(keys)], n=1, cutoff=0.7)
 
 
 def _listed(names: Iterable[str]) -> str:

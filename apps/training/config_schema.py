@@ -46,25 +46,23 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    config_name: str | None = setting(
-        None, "a named model or a folder with config.json; random weights; demo when neither key is given"
-    )
-    model_name_or_path: str | None = setting(None, "a folder with weights; command=compile reads only its config")
+    config_name: str | None = setting(None, "named model or folder with config.json; random weights; null: demo")
+    model_name_or_path: str | None = setting(None, "folder with weights; command=compile reads only its config")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    dataset: str | None = setting(None, "dataset folder; none: the embedded corpus, prepared when missing")
+    dataset: str | None = setting(None, "dataset folder; null: the embedded corpus, prepared when missing")
     batch_size: int = setting(8, "rows per worker and microbatch; fixed by the artifact", at_least=1)
     gradient_accumulation_steps: int = setting(1, "microbatches in a step", at_least=1)
-    max_steps: int | None = setting(None, "stop after this many steps; none: after num_epochs", at_least=1)
+    max_steps: int | None = setting(None, "stop after this many steps; null: after num_epochs", at_least=1)
     num_epochs: int = setting(1, "passes over the training rows", at_least=1)
     seed: int = setting(42, "seed of the random weights and of the order of the rows", at_least=0)
     output_dir: str = setting("outputs/runs/default", "where checkpoint, metrics and report go")
     overwrite_output_dir: bool = setting(False, "replace another run found in output_dir")
     evaluate: bool = setting(True, "evaluate on the dev split at the end")
     eval_steps: int | None = setting(None, "evaluate every so many steps too", at_least=1)
-    max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; none: do not clip", above=0)
+    max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; null: do not clip", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ class OptimizerConfig:
     name: str = setting("adamw", "a file in apps/training/optimizers; short: optimizer=NAME")
     moments_dtype: AutoDtype = setting("auto", "dtype of the optimizer's state; auto: at least float32")
     master_weights: Literal["auto", "none", "float32"] = setting(
-        "auto", "wider copy of the weights that is updated; auto: float32 for bfloat16 parameters"
+        "auto", "wider copy that is updated; auto: float32 for bfloat16 parameters"
     )
     settings: Any = plugin("apps.training.optimizers")
 
@@ -88,25 +86,25 @@ class CompileConfig:
     output_dir: str = setting("outputs/artifacts", "where artifacts are written, and where run looks for one")
     arch: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compile for; auto: cuda where there is a GPU")
     target: Literal["inductor", "eager"] = setting("inductor", "eager: plain autograd without an artifact")
-    verbose: bool = setting(False, "print each region's graph size, saved activations, kernels and seconds")
+    verbose: bool = setting(False, "print each region's graph size, saved activations, kernels, seconds")
     debug: bool = setting(False, "keep the graphs and the generated code in a folder")
     recompute: Literal["none", "block"] = setting("none", "block: keep a block's input only, recompute the rest")
-    head_chunks: int | None = setting(None, "pieces the loss is computed in; none: chosen from the sizes", at_least=1)
-    workers: int | None = setting(None, "regions compiled at a time; none: one for each core", at_least=1)
+    head_chunks: int | None = setting(None, "pieces the loss is computed in; null: chosen from the sizes", at_least=1)
+    workers: int | None = setting(None, "regions compiled at a time; null: one for each core", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    artifact: str | None = setting(None, "artifact to run; none: the one in compile.output_dir that fits")
+    artifact: str | None = setting(None, "artifact to run; null: the one in compile.output_dir that fits")
     cuda_graph: Literal["auto", "on", "off"] = setting("auto", "replay the step as one CUDA graph")
-    num_threads: int | None = setting(None, "CPU threads; none: one for each core", at_least=1)
+    num_threads: int | None = setting(None, "CPU threads; null: one for each core", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig:
-    default: str = setting("dense", "what computes a layer that no rule names: a backend or package.module:Class")
+    default: str = setting("dense", "for layers that no rule names: a backend or package.module:Class")
     rules: list[dict[str, Any]] = setting(
-        factory=list, help="first match wins: [{match: '*.mlp.*', use: dense}]; further keys: the backend's options"
+        factory=list, help="first match wins: [{match: '*.mlp.*', use: dense, OPTION: VALUE}]"
     )
 
 

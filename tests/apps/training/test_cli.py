@@ -1,0 +1,56 @@
+"""How a program ends: its exit code and what it leaves on stderr."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from apps.training.cli import run_main
+from backends.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def raising(error: BaseException) -> Callable[[Sequence[str]], None]:
+    def program(argv: Sequence[str]) -> None:
+        raise error
+
+    return program
+
+
+def test_the_arguments_go_in_and_the_code_comes_out() -> None:
+    assert run_main(lambda argv: len(argv), ["a", "b"]) == 2
+    assert run_main(lambda argv: None, []) == 0
+
+
+def test_a_user_error_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(raising(UserError("No such folder.")), []) == 2
+    assert capsys.readouterr() == ("", "error: No such folder.\n")
+
+
+def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(raising(KeyboardInterrupt()), []) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_main(raising(ZeroDivisionError()), [])
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    program = (
+        "import sys\nfrom apps.training.cli import run_main\n"
+        "sys.exit(run_main(lambda argv: print('line\\n' * 100_000)))"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    assert process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141

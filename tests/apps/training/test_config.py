@@ -1,0 +1,175 @@
+"""Settings reach the program typed, and survive the trip through YAML."""
+
+import dataclasses
+import json
+import string
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apps.training.config import parse, parse_dataclass, to_mapping, to_yaml
+from apps.training.config_keys import Key, keys_of
+from apps.training.config_schema import TrainConfig, setting
+
+RULES = [{"match": "*.mlp.*", "use": "dense"}]
+
+
+def from_file(text: str, *more: str) -> TrainConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return parse([f"config={path}", *more])
+
+
+def test_a_command_alone_gives_the_defaults() -> None:
+    config = parse(["command=run"])
+    assert config.command == "run"
+    assert config.training.batch_size == 8
+    assert config.training.dataset is None
+    assert config.optimizer.settings.lr == 3e-4
+    assert config.extra == {}
+
+
+def test_values_arrive_in_their_types() -> None:
+    config = parse(
+        "command=compile training.batch_size=4 training.evaluate=off optimizer.lr=1e-2 training.max_grad_norm=null "
+        "model.dtype=bfloat16 compile.head_chunks=3 run.cuda_graph=on training.output_dir=a=b".split()
+    )
+    assert config.training.batch_size == 4
+    assert config.training.evaluate is False
+    assert config.optimizer.settings.lr == 0.01
+    assert config.training.max_grad_norm is None
+    assert config.model.dtype == "bfloat16"
+    assert config.compile.head_chunks == 3
+    assert config.run.cuda_graph == "on"
+    assert config.training.output_dir == "a=b"
+
+
+def test_text_stays_as_typed() -> None:
+    for text in ("1e-4", "true", "a: b", "'quoted'", "${HOME}", "[1", "ünï", "=", "#x"):
+        assert parse(["command=run", f"logging.sample_prompt={text}"]).logging.sample_prompt == text
+
+
+def test_rules_are_a_list_as_a_shell_hands_it_over() -> None:
+    assert parse(["command=run", 'backend.rules=[{match: "*.mlp.*", use: dense}]']).backend.rules == RULES
+    rule = parse(["command=run", "backend.rules=[{match: 'a', use: dense, noise: 1e-3, bits: 8}]"]).backend.rules[0]
+    assert (rule["noise"], rule["bits"]) == (0.001, 8)
+
+
+def test_shorthand_names_the_plugin() -> None:
+    config = parse(["command=run", "optimizer=adamw", "schedule=linear", "schedule.warmup_steps=5"])
+    assert config.optimizer.name == "adamw"
+    assert config.schedule.settings.warmup_steps == 5
+
+
+def test_plus_adds_a_key_the_schema_lacks() -> None:
+    config = parse(["command=run", "+new.key=1e-4", "+new.other=[a, b]", "+model.own=text"])
+    assert config.extra == {"new": {"key": 1e-4, "other": ["a", "b"]}, "model": {"own": "text"}}
+
+
+def test_plus_before_a_known_key_sets_that_key() -> None:
+    assert parse(["command=run", "+compile.debug=True"]).compile.debug is True
+
+
+def test_the_command_line_overrides_the_file() -> None:
+    text = "command: compile\ntraining: {batch_size: 2, seed: 7}\noptimizer: adamw\nextra: {mine: {a: 1, b: 2}}\n"
+    config = from_file(text, "training.seed=8", "+mine.a=3")
+    assert (config.command, config.training.batch_size, config.training.seed) == ("compile", 2, 8)
+    assert config.extra == {"mine": {"a": 3, "b": 2}}
+
+
+def test_a_hand_written_file_may_say_on_and_1e_4() -> None:
+    config = from_file("command: run\nrun: {cuda_graph: on}\noptimizer:\n  lr: 1e-4\nmodel:\n")
+    assert config.run.cuda_graph == "on"
+    assert config.optimizer.settings.lr == 1e-4
+
+
+def test_precision_follows_the_parameters() -> None:
+    precision = parse(["command=run", "model.dtype=bfloat16"]).precision
+    assert (precision.compute, precision.norms, precision.master) == ("bfloat16", "float32", "float32")
+
+
+def texts() -> st.SearchStrategy[str]:
+    return st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
+        lambda text: text != "null"
+    )
+
+
+def words() -> st.SearchStrategy[str]:
+    return st.text(string.ascii_letters, min_size=1, max_size=4)
+
+
+def values_of(key: Key) -> st.SearchStrategy[Any]:
+    """Any value a key takes, as a person would spell it on the command line."""
+    if key.path in ("optimizer.name", "schedule.name", "backend.default"):
+        return st.just(key.default)
+    if key.choices:
+        values: st.SearchStrategy[Any] = st.sampled_from(key.choices)
+    elif key.plain_type is bool:
+        values = st.sampled_from(["true", "false"])
+    elif key.plain_type is int:
+        low = int(key.at_least if key.at_least is not None else 0)
+        values = st.integers(low, 10**12)
+    elif key.plain_type is float:
+        values = st.floats(1e-12, 0.999)  # inside every plugin's own ranges
+    elif key.plain_type is str:
+        values = texts()
+    else:
+        rule = {"match": words(), "use": st.just("dense"), "bits": st.integers(), "noise": st.floats(0, 1)}
+        values = st.lists(st.fixed_dictionaries(rule)).map(json.dumps)  # JSON is YAML
+    return st.one_of(values, st.just("null")) if key.optional else values
+
+
+@st.composite
+def argument_lists(draw: st.DrawFn) -> list[str]:
+    keys = keys_of(TrainConfig)
+    clashing = {"checkpoint.config_name", "optimizer.master_weights"}  # not possible beside some other values
+    chosen = draw(st.lists(st.sampled_from([path for path in keys if path not in clashing]), unique=True))
+    arguments = [f"{path}={draw(values_of(keys[path]))}" for path in chosen if path != "command"]
+    added = draw(st.dictionaries(words(), st.one_of(words(), st.integers(), st.lists(words())), max_size=2))
+    arguments += [f"+zz.{name}={json.dumps(value)}" for name, value in added.items()]
+    return [f"command={draw(st.sampled_from(['compile', 'run']))}", *arguments]
+
+
+@given(argument_lists())
+def test_any_config_survives_the_trip_through_yaml(arguments: list[str]) -> None:
+    config = parse(arguments)
+    assert from_file(to_yaml(config)) == config
+
+
+def test_rules_survive_the_trip_through_yaml() -> None:
+    config = parse(["command=run", 'backend.rules=[{match: "*.mlp.*", use: dense}]'])
+    assert from_file(to_yaml(config)).backend.rules == RULES
+
+
+def test_the_yaml_is_flat_within_a_section() -> None:
+    mapping = to_mapping(parse(["command=run", "optimizer.lr=1"]))
+    assert mapping["optimizer"]["name"] == "adamw"
+    assert mapping["optimizer"]["lr"] == 1.0
+    assert "settings" not in mapping["optimizer"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Small:
+    """Copy files."""
+
+    source: str = setting(help="folder to read")
+    limit: int | None = setting(None, "stop after so many", at_least=1)
+    ratio: float = 0.5
+    names: list[str] = setting(factory=list)
+
+
+def test_a_small_app_has_the_same_front_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_dataclass(Small, ["source=a", "limit=3"]) == Small(source="a", limit=3)
+    assert parse_dataclass(Small, ["source=a", "names=[x, y]"]).names == ["x", "y"]
+    with pytest.raises(SystemExit) as stop:
+        parse_dataclass(Small, ["--help"], program="small")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "usage: small source=…" in shown
+    assert "limit: int = null" in shown
+    assert "stop after so many" in shown
