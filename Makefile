@@ -1,0 +1,83 @@
+# make demo    a dataset, an artifact, a trained model and its text, from nothing
+# make test    the tests;  make check: lint, types, tests
+# make clean   back to a fresh clone; runs and artifacts under outputs/ stay, except the demo's
+#
+# PYTHON=python3.12   another interpreter for .venv
+# VENV=               no .venv: PYTHON as it is, which then has torch and the rest (a GPU machine)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := demo
+.PHONY: demo test check lint types clean
+
+VENV ?= .venv
+ifndef PYTHON
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+endif
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+export PYTHONPATH := $(CURDIR)
+else
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+INSTALLED_DEV := $(VENV)/installed-dev
+endif
+
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+
+$(VENV)/bin/python:
+	@[ -n "$(PYTHON)" ] || { echo "error: No Python 3.11 or newer found. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is $$("$(PYTHON)" -V 2>&1 || true). Expected 3.11 or newer; name another one: make PYTHON=python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) cannot make virtual environments. Install its venv package (Debian: apt-get install python3-venv)." >&2; exit 1; }
+	@"$(PYTHON)" -m venv "$(VENV)"
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing into $(VENV) …"
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing into $(VENV), with what tests and checks need …"
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/installed
+
+# The demo: settings that both commands share, so that the artifact fits the run.
+DEMO := outputs/demo
+DEMO_STEPS := 300
+DEMO_SETTINGS := checkpoint.config_name=demo model.max_seq_length=256 training.batch_size=16 compile.output_dir=$(DEMO)/artifacts
+
+demo: $(INSTALLED)
+	@rm -rf $(DEMO)
+	$(PY) apps/prepare_data.py output=$(DEMO)/dataset max_seq_length=256 vocab_size=4096
+	$(PY) apps/train_llm.py command=compile $(DEMO_SETTINGS)
+	$(PY) apps/train_llm.py command=run $(DEMO_SETTINGS) training.dataset=$(DEMO)/dataset training.output_dir=$(DEMO)/run \
+		training.max_steps=$(DEMO_STEPS) optimizer.lr=2e-3 schedule.warmup_steps=30 logging.every=10
+	$(PY) apps/generate_text.py checkpoint.model_name_or_path=$(DEMO)/run prompt="def read(self" max_new_tokens=48
+	@echo
+	@echo "Dataset    $(DEMO)/dataset"
+	@echo "Artifact   $$(ls $(DEMO)/artifacts/*)"
+	@echo "Model      $(DEMO)/run (opens in plain transformers)"
+	@echo "Report     $(DEMO)/run/report.html"
+	@grep -h '^Evaluation loss' $(DEMO)/run/summary.txt
+	@grep -h 'unigram_entropy' $(DEMO)/dataset/metadata.yaml
+
+test: $(INSTALLED_DEV)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -q
+
+check: lint types test
+
+lint: $(INSTALLED_DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+types: $(INSTALLED_DEV)
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info outputs/demo .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
