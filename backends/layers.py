@@ -117,4 +117,4 @@ class BackendAttention(Stateful):
 
 
 def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x if dtype is None else x.to(dtype)
+    return x if dtype is None or x.dtype == dtype else x.to(dtype)

@@ -72,7 +72,9 @@ class Stateful(nn.Module):
         if _collectors:
             y, new_state = compute(state)
             if self.training:
-                _collectors[-1].update({(self, name): value.detach() for name, value in new_state.items()})
+                for name, value in new_state.items():
+                    # A region's output must not be one of its inputs, so state handed on unchanged is copied.
+                    _collectors[-1][self, name] = value.clone() if value is state[name] else value.detach()
             return y
         if not self.training:
             return compute(state)[0]

@@ -1,0 +1,61 @@
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from backends.dense import Dense
+
+
+def hugging_face(q, k, v, mask, scale):
+    module = types.SimpleNamespace(num_key_value_groups=q.shape[1] // k.shape[1], is_causal=True)
+    out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scale)
+    return out.transpose(1, 2)
+
+
+def ours(q, k, v, mask, scale):
+    return Dense().attention(q, k, v, mask=mask, scale=scale, is_causal=True, state={})[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_bit_identical_to_hugging_face_forward_and_backward(dtype, groups, masked):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, 37, 16, generator=generator).to(dtype).requires_grad_()
+    k, v = (torch.randn(2, groups, 37, 16, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    articles = torch.arange(37)[None] // torch.tensor([[9], [20]])
+    mask = (articles[:, None, :, None] == articles[:, None, None, :]) & torch.ones(37, 37).tril().bool()
+    results = []
+    for attention in (ours, hugging_face):
+        out = attention(q, k, v, mask if masked else None, 0.25)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_one_query_decodes_against_the_whole_cache_as_in_hugging_face(groups):
+    q, k, v = torch.randn(2, 6, 1, 16), torch.randn(2, groups, 9, 16), torch.randn(2, groups, 9, 16)
+    assert torch.equal(ours(q, k, v, None, 0.25), hugging_face(q, k, v, None, 0.25))
+
+
+def test_the_empty_tail_of_a_preallocated_cache_is_not_attended():
+    q, k, v = torch.randn(2, 6, 5, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
+    assert torch.equal(ours(q, k, v, None, 0.25), ours(q, k[:, :, :5], v[:, :, :5], None, 0.25))
+    assert torch.equal(ours(q, k, v, None, 0.25), hugging_face(q, k, v, None, 0.25))
+
+
+def test_key_and_value_heads_may_differ_in_size():
+    q, k, v = torch.randn(2, 6, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 8)
+    repeated = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), is_causal=True, scale=0.25
+    )
+    torch.testing.assert_close(ours(q, k, v, None, 0.25), repeated)
+
+
+def test_linear_and_matmul_are_those_of_torch():
+    x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    assert torch.equal(Dense().linear(x, weight, bias, {})[0], F.linear(x, weight, bias))
+    a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 5, 6)
+    assert torch.equal(Dense().matmul(a, b, {})[0], a @ b)
