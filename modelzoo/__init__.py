@@ -1,4 +1,4 @@
-"""Models of the zoo: named configs, building, loading, saving. Importing this imports neither torch nor transformers."""
+"""Models of the zoo: named configs, building, loading, saving. Importing this package imports no torch."""
 
 from __future__ import annotations
 

@@ -47,10 +47,10 @@ def _config_file(config_name: str | Path | None, model_name_or_path: str | Path 
             f"Unknown model '{given}' (checkpoint.config_name): neither a named config nor a folder."
             f"{did_you_mean(str(given), named_configs())} Available: {', '.join(named_configs())}."
         )
-    hint = f" '{given}' is a named config: use checkpoint.config_name={given}." if str(given) in named_configs() else ""
-    raise UserError(
-        f"There is no folder '{given}' (checkpoint.model_name_or_path).{hint or ' Expected a Hugging Face model folder.'}"
-    )
+    hint = "Expected a Hugging Face model folder."
+    if str(given) in named_configs():
+        hint = f"'{given}' is a named config: use checkpoint.config_name={given}."
+    raise UserError(f"There is no folder '{given}' (checkpoint.model_name_or_path). {hint}")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

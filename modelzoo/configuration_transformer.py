@@ -53,7 +53,7 @@ class ConfigurationTransformer:
             return matching[0]
         given = type(config).__name__
         if matching:
-            raise UserError(f"{len(matching)} families match {given}. Expected one: remove files from modelzoo/families.")
+            raise UserError(f"{len(matching)} families match {given}. Expected exactly one: see modelzoo/families.")
         raise unknown("config type", given, sorted(family.hf_config.__name__ for family in self.families))
 
     def _transform(self, config: PreTrainedConfig, zoo_arguments: Mapping[str, Any], taken: set[str]) -> Any:

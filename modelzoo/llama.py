@@ -47,8 +47,8 @@ class ZooLlamaPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if config._attn_implementation != "sdpa":
             raise UserError(
-                f"attn_implementation is '{config._attn_implementation}'. The zoo's attention is computed by the backend "
-                "its layer is routed to: leave the argument out."
+                f"attn_implementation is '{config._attn_implementation}'. Here the backend that a layer is routed to "
+                "computes its attention: leave the argument out."
             )
 
 
@@ -76,7 +76,7 @@ class ZooLlamaModel(ZooLlamaPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As transformers' Llama; `article_ids` [B, S] confine attention to articles and take attention_mask's place."""
+        """As transformers' Llama. `article_ids` [B, S] confine attention to articles, in place of attention_mask."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if self.training and self.config.article_attention and article_ids is None:
@@ -190,7 +190,7 @@ class ZooLlamaForCausalLM(ZooLlamaPreTrainedModel, GenerationMixin):
         return Stages(embed="model.embed_tokens", blocks=blocks, norm="model.norm", head="lm_head")
 
     def rotary_tables(self, seq_len: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-        """(cos, sin) for positions 0 … seq_len-1: each [seq_len, head_dim] in the compute dtype, as a block wants them."""
+        """(cos, sin) of positions 0 … seq_len-1, each [seq_len, head_dim] in the compute dtype, as blocks want them."""
         positions = torch.arange(seq_len, device=device)
         return rotary_tables(self.config, positions, self.model.compute_dtype, seq_len)
 

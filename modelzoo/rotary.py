@@ -1,6 +1,6 @@
 """Rotary position embedding: the tables of cosines and sines that turn queries and keys by their position.
 
-RoFormer (arXiv 2104.09864, section 3.4.2), with the scalings that Llama checkpoints name in `rope_parameters`. The scaled
+RoFormer (arXiv 2104.09864, section 3.4.2), with the scalings that Llama checkpoints name in `rope_parameters`. Scaled
 frequencies come from transformers' own functions; only "default" has none there.
 
 Nothing is cached: transformers keeps the dynamic scaling's frequencies from call to call, so that the result of a short

@@ -20,7 +20,7 @@ def check(config: LlamaConfig) -> None:
         raise unknown("activation function", config.hidden_act, sorted(ACT2FN))
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
-            f"num_attention_heads is {config.num_attention_heads} and num_key_value_heads {config.num_key_value_heads}. "
+            f"num_attention_heads is {config.num_attention_heads}, num_key_value_heads {config.num_key_value_heads}. "
             "Expected the first to be a multiple of the second."
         )
     if config.head_dim % 2:
@@ -31,7 +31,7 @@ def check(config: LlamaConfig) -> None:
             "set it to 0 in config.json."
         )
     if getattr(config, "quantization_config", None):
-        raise UserError("The checkpoint is quantized (quantization_config). Expected plain weights: dequantize it first.")
+        raise UserError("The checkpoint is quantized (quantization_config). Expected plain weights: dequantize it.")
 
 
 def _model() -> type[Any]:

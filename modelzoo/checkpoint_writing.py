@@ -1,0 +1,165 @@
+"""A model as a plain Hugging Face checkpoint folder that is either complete or not there."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from backends.errors import UserError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# What an earlier checkpoint leaves in a folder; everything else there is somebody's, and stays.
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer: str | Path | Any | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write `model` as `AutoModelForCausalLM.from_pretrained(folder)` reads it without this project; return the folder.
+
+    `tokenizer`: a folder to copy the tokenizer's files from, or an object with save_pretrained. Everything is written
+    beside `folder`, flushed to the disk and then exchanged for it: until then an earlier checkpoint there is untouched.
+    Other files in the folder stay. Raises UserError when it cannot be written.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"'{folder}' is a file. Expected a folder to save the checkpoint to.")
+    new = target.parent / f".tmp-{secrets.token_hex(4)}-{target.name}"
+    try:
+        new.mkdir(parents=True)
+        _write_model(model, new, max_shard_size)
+        _write_tokenizer(tokenizer, new)
+        _flush(new)
+        _exchange(new, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise UserError(
+            f"Cannot save the checkpoint to '{folder}': {error.strerror or error}. Make room, or choose another folder."
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return target
+
+
+def _write_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+    """config.json, generation_config.json and the weights, in one file or in shards with their index."""
+    weights = _distinct_weights(model)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+    # Not save_pretrained: it refuses some published configs (a temperature without do_sample), after hours of training.
+    model.generation_config.to_json_file(folder / "generation_config.json")
+    split = split_torch_state_dict_into_shards(
+        weights, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: weights[name].contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _distinct_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict without the second name of tied weights, which from_pretrained ties again."""
+    tied = set(model._tied_weights_keys) if model.config.tie_word_embeddings else set()
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in tied}
+    hollow = [name for name, tensor in weights.items() if tensor.device == torch.device("meta")]
+    assert not hollow, f"a model without weights cannot be saved: {hollow[0]} is on the meta device"
+    return weights
+
+
+def _write_tokenizer(tokenizer: str | Path | Any | None, folder: Path) -> None:
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, str | Path):
+        tokenizer.save_pretrained(folder)
+        return
+    source = Path(tokenizer).expanduser()
+    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not present:
+        raise UserError(f"The folder '{tokenizer}' has no tokenizer. Expected tokenizer.json or tokenizer.model there.")
+    for name in present:
+        shutil.copyfile(source / name, folder / name)
+
+
+def _flush(folder: Path) -> None:
+    """Wait until everything under `folder`, and the folder itself, is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(new: Path, target: Path) -> None:
+    """Move `new` to `target`. Of a folder there before, all but the earlier checkpoint is kept."""
+    if not target.exists():
+        os.rename(new, target)
+        return
+    others = [entry for entry in target.iterdir() if not _belongs_to_checkpoint(entry)]
+    kept = [entry for entry in others if not (new / entry.name).exists()]
+    for entry in kept:
+        # Links, not moves: the folder is complete at every moment, and a log being written to stays the same file.
+        if entry.is_file() and not entry.is_symlink():
+            _link(entry, new / entry.name)
+    old = target.parent / f".old-{secrets.token_hex(4)}-{target.name}"
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    for entry in kept:
+        if not os.path.lexists(target / entry.name):
+            os.rename(old / entry.name, target / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _belongs_to_checkpoint(entry: Path) -> bool:
+    return entry.is_file() and any(fnmatch.fnmatch(entry.name, pattern) for pattern in CHECKPOINT_FILES)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
