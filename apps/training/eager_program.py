@@ -93,26 +93,26 @@ class EagerProgram:
         """The step's summed gradients by parameter name, unclipped, without an update."""
         return self._loss_and_gradients(microbatches)[1]
 
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter name → exp_avg, exp_avg_sq, the number of steps taken, and the master weight where there is one.
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """`<parameter>.<name>` → tensor: exp_avg, exp_avg_sq, the number of steps taken, and the master weight if any.
 
-        Empty before the first step, except for masters. The tensors are the live ones, not copies.
+        Nothing but masters before the first step. The tensors are the live ones, not copies.
         """
-        state: dict[str, dict[str, Tensor]] = {}
+        state: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            state[name] = dict(self.optimizer.state[weight])
+            state |= {f"{name}.{key}": value for key, value in self.optimizer.state[weight].items()}
             if self.has_masters:
-                state[name]["master"] = weight
+                state[f"{name}.master"] = weight
         return state
 
-    def load_optimizer_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    @torch.no_grad()
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `optimizer_state()` gave, so that the next step continues exactly."""
         for name, weight in self.weights.items():
-            given = dict(state[name])
             if self.has_masters:
-                with torch.no_grad():
-                    weight.copy_(given.pop("master"))
-            self.optimizer.state[weight] = {key: value.clone() for key, value in given.items()}
+                weight.copy_(tensors[f"{name}.master"])
+            keys = (*AdamW.state_names, "step")
+            self.optimizer.state[weight] = {key: tensors[f"{name}.{key}"].clone() for key in keys}
 
     def _loss(self, microbatch: Mapping[str, Tensor]) -> Tensor:
         extra = {"article_ids": microbatch["article_ids"]} if "article_ids" in microbatch else {}

@@ -9,23 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PADDING = 2  # token types of the dataset format; 0 is prompt, 1 completion
-SEPARATOR = 3  # the last token of an article
-
-
-class Rows(Protocol):
-    """Packed sequences as the loader yields them: two int arrays of shape [B, S]."""
-
-    @property
-    def input_ids(self) -> np.ndarray[Any, Any]: ...
-    @property
-    def token_type_ids(self) -> np.ndarray[Any, Any]: ...
+from apps.training.data.packing import Rows
+from apps.training.data.token_types import TokenType
 
 
 @dataclass(frozen=True)
@@ -58,14 +49,14 @@ def make_batch(rows: Rows, *, article_attention: bool = False) -> Batch:
         mask=torch.from_numpy(mask),
         article_ids=torch.from_numpy(article_ids(types)) if article_attention else None,
         num_counted=int(mask.sum()),
-        num_tokens=int((types != PADDING).sum()),
+        num_tokens=int((types != TokenType.PADDING).sum()),
     )
 
 
 def counted_positions(types: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """bool [B, S]: the positions whose prediction is trained on. The last one has no target and never counts."""
     counted = np.zeros(types.shape, dtype=np.bool_)
-    counted[:, :-1] = (types[:, 1:] != PADDING) & (types[:, :-1] != SEPARATOR)
+    counted[:, :-1] = (types[:, 1:] != TokenType.PADDING) & (types[:, :-1] != TokenType.SEPARATOR)
     return counted
 
 
@@ -75,9 +66,9 @@ def article_ids(types: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int3
     A separator belongs to the article it ends. Prompt and completion of one article share its id. Padding ends an
     article as well (a truncated one has no separator).
     """
-    is_text = types != PADDING
+    is_text = types != TokenType.PADDING
     starts = is_text.copy()
-    starts[:, 1:] &= (types[:, :-1] == SEPARATOR) | (types[:, :-1] == PADDING)
+    starts[:, 1:] &= (types[:, :-1] == TokenType.SEPARATOR) | (types[:, :-1] == TokenType.PADDING)
     return np.where(is_text, np.cumsum(starts, axis=1), 0).astype(np.int32)
 
 

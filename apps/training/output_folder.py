@@ -1,0 +1,103 @@
+"""The folder a run writes: may it be written, and the files that grow or appear there.
+
+config.yaml  per_step_metrics.csv  summary.txt  loss.png  report.html  + the Hugging Face checkpoint
+"""
+
+from __future__ import annotations
+
+import csv
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from apps.training.files import atomic_path
+from apps.training.records import StepRecord
+from backends.errors import UserError
+
+RUN_FILES = ("config.yaml", "per_step_metrics.csv", "summary.txt", "loss.png", "report.html")
+CHECKPOINT_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
+COLUMNS = (
+    "Tokens in Step",
+    "Step Loss",
+    "Learning Rate",
+    "Time per Step",
+    "Step",
+    "Epoch",
+    "Counted Tokens",
+    "Gradient Norm",
+    "Tokens per Second",
+)
+
+
+def require_free(folder: Path, *, overwrite: bool) -> None:
+    """UserError when `folder` holds another run or a checkpoint (unless `overwrite`), or cannot be written.
+
+    Leaves nothing behind, also no folder that was not there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"training.output_dir={folder} is a file. Expected a folder, or a name that is free.")
+    taken = sorted({path.name for name in (*RUN_FILES, *CHECKPOINT_FILES) for path in folder.glob(name)})
+    if taken and not overwrite:
+        raise UserError(
+            f"training.output_dir={folder} holds another run ({', '.join(taken[:3])}{' …' if len(taken) > 3 else ''}). "
+            "Choose another folder, or replace it with training.overwrite_output_dir=true."
+        )
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"Cannot write training.output_dir={folder}: {error.strerror} ({existing}). Choose another folder."
+        ) from None
+
+
+def start_run(folder: Path, settings: str) -> None:
+    """Make the folder, take away another run's metrics and reports, and write the effective settings as config.yaml.
+
+    An old checkpoint stays until the new one replaces it: it may be what this run started from.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    with atomic_path(folder / "config.yaml") as path:
+        path.write_text(settings, encoding="utf-8")
+
+
+class MetricsFile:
+    """per_step_metrics.csv, one row a step in plain numbers, handed to the system at once: a crash loses none."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("w", newline="", encoding="utf-8")
+        self.writer = csv.writer(self.file, lineterminator="\n")
+        self._write(COLUMNS)
+
+    def append(self, record: StepRecord) -> None:
+        self._write(
+            (
+                record.num_tokens,
+                record.loss,
+                record.lr,
+                round(record.seconds, 6),
+                record.step,
+                record.epoch,
+                record.num_counted,
+                "" if record.grad_norm is None else record.grad_norm,
+                round(record.tokens_per_second, 1),
+            )
+        )
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, row: tuple[object, ...]) -> None:
+        self.writer.writerow(row)
+        self.file.flush()

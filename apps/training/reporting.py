@@ -1,0 +1,47 @@
+"""The lines a run prints: overview, one line a step, evaluation. The wording is what users' scripts look for."""
+
+from __future__ import annotations
+
+from apps.training.records import Evaluation, StepRecord
+from apps.training.steps import Position
+
+
+def overview(*, num_epochs: int, batch_size: int, num_steps: int, workers: int = 1) -> str:
+    """The block before the first step."""
+    return "\n".join(
+        [
+            f"Number of epochs: {num_epochs:,}",
+            f"Per worker batch size: {batch_size:,}",
+            f"Per worker number of batches (steps): {num_steps:,}",
+            f"Number of DP workers: {workers:,}",
+        ]
+    )
+
+
+def step_line(record: StepRecord, position: Position, workers: int = 1) -> str:
+    """`Epoch [1/1], Step [1/2622], Loss: 11.1906, LR: 1e-05, Num tokens this step: 2691`, workers in front."""
+    several = f"DP: {workers}-way, " if workers > 1 else ""
+    return (
+        f"{several}Epoch [{position.epoch}/{position.epochs}], Step [{position.step}/{position.steps}], "
+        f"Loss: {record.loss:.4f}, LR: {record.lr:.4g}, Num tokens this step: {record.num_tokens}"
+    )
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    return f"Evaluation loss: {evaluation.loss:.4f}, Perplexity: {evaluation.perplexity:.4f}"
+
+
+def live_fields(record: StepRecord, flops_per_second: float, peak: float | None) -> dict[str, str]:
+    """What the progress line shows beside the ETA; MFU only where the device's peak is known."""
+    fields = {"loss": f"{record.loss:.4f}", "lr": f"{record.lr:.3g}", "tokens/s": short(record.tokens_per_second)}
+    if peak is not None:
+        fields["MFU"] = f"{flops_per_second / peak:.1%}"
+    return fields
+
+
+def short(number: float) -> str:
+    """`812`, `12.3k`, `1.24M`, `70.6B`: three digits."""
+    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size * 0.9995:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"

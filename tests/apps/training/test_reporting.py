@@ -1,0 +1,47 @@
+"""The printed lines, letter by letter: users' scripts look for them."""
+
+import math
+
+import pytest
+
+from apps.training.records import Evaluation, StepRecord
+from apps.training.reporting import evaluation_line, live_fields, overview, short, step_line
+from apps.training.steps import StepPlan
+
+RECORD = StepRecord(
+    step=1, epoch=1, loss=11.19057, lr=1e-5, num_tokens=2691, num_counted=2600, seconds=0.5, grad_norm=1.25
+)
+
+
+def test_the_step_line_is_the_reference_apps() -> None:
+    position = StepPlan(2622, 2622).position(1)
+    expected = "Epoch [1/1], Step [1/2622], Loss: 11.1906, LR: 1e-05, Num tokens this step: 2691"
+    assert step_line(RECORD, position) == expected
+    assert step_line(RECORD, position, workers=2) == "DP: 2-way, " + expected
+
+
+def test_the_overview_is_the_reference_apps() -> None:
+    assert overview(num_epochs=1, batch_size=16, num_steps=2622, workers=2).splitlines() == [
+        "Number of epochs: 1",
+        "Per worker batch size: 16",
+        "Per worker number of batches (steps): 2,622",
+        "Number of DP workers: 2",
+    ]
+
+
+def test_the_evaluation_line() -> None:
+    assert evaluation_line(Evaluation(10, math.log(20), 5)) == "Evaluation loss: 2.9957, Perplexity: 20.0000"
+    assert Evaluation(10, 1e4, 5).perplexity == math.inf
+
+
+def test_mfu_is_shown_only_where_the_peak_is_known() -> None:
+    assert live_fields(RECORD, 5e14, None) == {"loss": "11.1906", "lr": "1e-05", "tokens/s": "5.38k"}
+    assert live_fields(RECORD, 5e14, 1e15)["MFU"] == "50.0%"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(5.25, "5.25"), (812, "812"), (999.6, "1k"), (12345, "12.3k"), (1.236e6, "1.24M"), (7e10, "70B")],
+)
+def test_short_numbers(number: float, text: str) -> None:
+    assert short(number) == text
