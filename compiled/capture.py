@@ -90,6 +90,50 @@ def capture_stage(name: str, stage: Stage, activations: dict[str, Tensor], sourc
     return _name_crossing(name, forward_graph, backward_graph, inputs, outputs)
 
 
+_VIEWS = {
+    torch.ops.aten.permute.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.t.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.squeeze.dim,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach.default,
+}
+
+
+def _view_chain(node: Node) -> list[Node]:
+    """The view operators from a forward input to `node`, first to last; empty when `node` is more than a view of an input."""
+    chain = []
+    while node.op == "call_function" and node.target in _VIEWS:
+        chain.append(node)
+        node = node.args[0]  # type: ignore[assignment]
+    return chain[::-1] if node.op == "placeholder" else []
+
+
+def _move_views_to_backward(forward: GraphModule, backward: GraphModule, saved: Sequence[Node]) -> None:
+    """A transposed weight is not an activation: let the backward take the forward's input and view it again."""
+    placeholders = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
+    body = next(node for node in backward.graph.nodes if node.op != "placeholder")
+    for node in saved:
+        chain = _view_chain(node)
+        if not chain:
+            continue
+        source: Node = chain[0].args[0]  # type: ignore[assignment]
+        target = placeholders[node.name]
+        if source.name not in placeholders:
+            with backward.graph.inserting_before(target):
+                placeholders[source.name] = backward.graph.node_copy(source)
+        moved = {source: placeholders[source.name]}
+        with backward.graph.inserting_before(body):
+            for view in chain:
+                moved[view] = backward.graph.node_copy(view, lambda argument: moved[argument])
+        target.replace_all_uses_with(moved[node])
+        backward.graph.erase_node(target)
+    backward.recompile()
+
+
 def _name_crossing(
     name: str, forward: GraphModule, backward: GraphModule, inputs: dict[str, Tensor], outputs: list[str]
 ) -> tuple[Captured, Captured]:
@@ -97,11 +141,14 @@ def _name_crossing(
     placeholders = [node.name for node in forward.graph.nodes if node.op == "placeholder"]
     source_of = dict(zip(placeholders, inputs, strict=True))
     results = _output_nodes(forward)
-    kept, saved_names, crossing = results[: len(outputs)], {}, {}
-    for node in results[len(outputs) :]:
-        if node.op == "placeholder":
-            crossing[node.name] = source_of[node.name]
-        elif node in kept:
+    kept, saved = results[: len(outputs)], results[len(outputs) :]
+    _move_views_to_backward(forward, backward, saved)
+    saved_names: dict[Node, str] = {}
+    crossing = dict(source_of)
+    for node in saved:
+        if node.op == "placeholder" or _view_chain(node):
+            continue
+        if node in kept:
             crossing[node.name] = outputs[kept.index(node)]
         elif node.name not in crossing:
             saved_names[node] = crossing[node.name] = f"saved_{len(saved_names)}"

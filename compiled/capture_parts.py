@@ -41,7 +41,7 @@ def head_stage(model: StagedModel) -> Stage:
     names = model.stages()
     paths = {"norm": names.norm, "head": names.head}
     module = _Head(model.get_submodule(names.norm), model.get_submodule(names.head))
-    full = canonical_names(model)  # type: ignore[arg-type]
+    full = canonical_names(model)
     parameters = [Slot(local, full[id(parameter)]) for local, parameter in module.named_parameters()]
     state = []
     for local, _ in module.named_buffers():
@@ -75,19 +75,19 @@ def capture_head(stage: Stage, sources: Sources, policy: PrecisionPolicy, tokens
     """
     rows = tokens // chunks
     tensors = sources.stage_tensors(stage, with_grad=False)
-    trainable = [slot.local for slot in stage.parameters if dict(stage.module.named_parameters())[slot.local].requires_grad]
+    trained = [slot.local for slot in stage.trained_parameters()]
     inputs = tensors | {
         "hidden_states": sources.empty((rows, hidden_size), as_torch(policy.residual)),
         "labels": sources.empty((rows,), torch.int64),
         "grad_scale": sources.empty((rows,), as_torch(policy.logits)),
     }
-    sums = {f"sum_{name}": sources.empty(tensors[name].shape, accumulation_dtype(tensors[name].dtype)) for name in trainable}
+    sums = {f"sum_{name}": sources.empty(tensors[name].shape, accumulation_dtype(tensors[name].dtype)) for name in trained}
     state_names = [slot.local for slot in stage.state]
 
     def train(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(train_inputs, flat, strict=True))
         with torch.enable_grad():
-            leaves = {name: named[name].detach().requires_grad_() for name in ("hidden_states", *trainable)}
+            leaves = {name: named[name].detach().requires_grad_() for name in ("hidden_states", *trained)}
             logits, new_state = stage.call({key: leaves.get(key, named[key]) for key in tensors}, leaves["hidden_states"])
             loss = loss_sum(logits, named["labels"], named["grad_scale"])
             gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
@@ -106,13 +106,13 @@ def capture_head(stage: Stage, sources: Sources, policy: PrecisionPolicy, tokens
 
     train_inputs = inputs if chunks == 1 else inputs | sums
     outputs = ["loss", "grad_hidden_states", *(f"new_{name}" for name in state_names)]
-    outputs += [f"grad_{name}" for name in trainable] if chunks == 1 else []
+    outputs += [f"grad_{name}" for name in trained] if chunks == 1 else []
     stage.module.train()
-    trained = capture_function("head_train", train, train_inputs, outputs, mutated=[] if chunks == 1 else list(sums))
+    train_region = capture_function("head_train", train, train_inputs, outputs, mutated=[] if chunks == 1 else list(sums))
     stage.module.eval()
-    evaluated = capture_function("head_evaluate", evaluate, inputs, ["loss"])
+    evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss"])
     stage.module.train()
-    return [trained, evaluated]
+    return [train_region, evaluate_region]
 
 
 def capture_update(

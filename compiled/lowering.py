@@ -29,23 +29,35 @@ def fake_mode() -> FakeTensorMode:
 def trace_joint(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> GraphModule:
     """Forward and backward of a pure function of flat tensors as one graph; gradients for inputs that require them."""
     from torch._functorch.aot_autograd import aot_export_joint_simple
+    from torch._inductor.decomposition import select_decomp_table
 
-    joint: Any = aot_export_joint_simple(function, tuple(inputs), trace_joint=True)
-    return joint[0] if isinstance(joint, tuple) else joint
+    # Decomposed as Inductor will anyway: the partitioner knows which of these operators are cheap to recompute.
+    joint: Any = aot_export_joint_simple(function, tuple(inputs), trace_joint=True, decompositions=select_decomp_table())
+    return _without_assertions(joint[0] if isinstance(joint, tuple) else joint)
+
+
+def _without_assertions(graph: GraphModule) -> GraphModule:
+    # Tracing a `.to(dtype)` leaves a check of its input's metadata, which would run as a kernel of its own on every step.
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
 
 
 def split_joint(joint: GraphModule, num_outputs: int) -> tuple[GraphModule, GraphModule]:
     """Min-cut the joint graph into forward and backward so that few and small activations cross from one to the other."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
-    return min_cut_rematerialization_partition(joint, None, num_fwd_outputs=num_outputs)
+    joint_graph_passes(joint)
+    return min_cut_rematerialization_partition(joint, None, compiler="inductor", num_fwd_outputs=num_outputs)
 
 
 def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> GraphModule:
     """A function that may write its inputs in place or call `autograd.grad` inside, as one graph of aten operators."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    graph = make_fx(function, tracing_mode="fake")(*inputs)
+    graph = _without_assertions(make_fx(function, tracing_mode="fake")(*inputs))
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -45,8 +45,8 @@ class CompiledProgram:
         self.spec = artifact.spec
         self.recompute = self.spec["recompute"] == "block"
         self._staged: StagedModel = model  # type: ignore[assignment]
-        self.embed, self.blocks, self.head = (manifest["program"][part] for part in ("embed", "blocks", "head"))
-        self.groups = manifest["program"]["updates"]
+        self.embed, self.blocks, self.head = (manifest["schedule"][part] for part in ("embed", "blocks", "head"))
+        self.groups = manifest["schedule"]["updates"]
         device = next(model.parameters()).device
         cos, sin = self._staged.rotary_tables(self.spec["max_seq_length"], device)
         self.tables = {"cos": cos, "sin": sin}
@@ -58,8 +58,8 @@ class CompiledProgram:
         self._one = torch.ones((), dtype=work, device=device)
 
     def _check_parameters(self, manifest: Mapping[str, Any], model: nn.Module) -> None:
-        program = manifest["program"]
-        entries = (program["embed"], program["head"], *program["blocks"])
+        schedule = manifest["schedule"]
+        entries = (schedule["embed"], schedule["head"], *schedule["blocks"])
         named = {name for entry in entries for slots in (entry["parameters"], entry["state"]) for name in slots.values()}
         absent = sorted(named - self.tensors.keys())
         strange = sorted(name for name, _ in model.named_parameters() if name not in named)
@@ -136,7 +136,7 @@ class CompiledProgram:
             outputs = kept if kept is not None else self._run(block["forward"], inputs)
             results = self._run(block["backward"], inputs | outputs | {"grad_output": grad})
             grad = results["grad_hidden_states"]
-            sink(index, {block["parameters"][name]: results[f"grad_{name}"] for name in block["trainable"]})
+            sink(index, {block["parameters"][name]: results[f"grad_{name}"] for name in block["trained"]})
         self._embed_backward(embed_inputs | embedded, grad, head_gradients)
         sink(len(self.blocks), head_gradients)
         for entry, outputs in updates:
@@ -144,7 +144,7 @@ class CompiledProgram:
         return loss
 
     def _head_step(self, hidden: Tensor, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Gradients]:
-        names = {local: self.head["parameters"][local] for local in self.head["trainable"]}
+        names = {local: self.head["parameters"][local] for local in self.head["trained"]}
         sums: Gradients = {}
         if self.head["chunks"] > 1:
             specs = {spec.name: spec for spec in self.regions[self.head["train"]].spec.inputs}
@@ -174,10 +174,10 @@ class CompiledProgram:
 
     def _embed_backward(self, inputs: dict[str, Tensor], grad: Tensor, gradients: Gradients) -> None:
         """Add the embedding's gradients to `gradients`; a tied weight already has the head's there."""
-        if not self.embed["trainable"]:
+        if not self.embed["trained"]:
             return
         results = self._run(self.embed["backward"], inputs | {"grad_output": grad})
-        for local in self.embed["trainable"]:
+        for local in self.embed["trained"]:
             full, gradient = self.embed["parameters"][local], results[f"grad_{local}"]
             if full in gradients:
                 wide = torch.promote_types(gradient.dtype, torch.float32)

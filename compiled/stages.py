@@ -60,6 +60,11 @@ class Stage:
     parameters: list[Slot]
     state: list[Slot]
 
+    def trained_parameters(self) -> dict[Slot, nn.Parameter]:
+        """The parameters that need a gradient, in the stage's order."""
+        parameters = dict(self.module.named_parameters())
+        return {slot: parameters[slot.local] for slot in self.parameters if parameters[slot.local].requires_grad}
+
     def call(self, tensors: dict[str, Tensor], *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The stage as a pure function: parameters and state by local name in; output and new state by local name out."""
         with collect_state() as collected:
@@ -67,18 +72,27 @@ class Stage:
         return output, collected.named(self.module)
 
 
-def canonical_names(model: nn.Module) -> dict[int, str]:
+def canonical_names(model: StagedModel) -> dict[int, str]:
     """Name of each parameter by identity; a tied parameter has the first of its names."""
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
-def make_stage(model: nn.Module, path: str) -> Stage:
+def make_stage(model: StagedModel, path: str) -> Stage:
     """The stage at submodule `path`, with the model's names of its parameters (tied ones: the first name)."""
     module = model.get_submodule(path)
     names = canonical_names(model)
     parameters = [Slot(local, names[id(parameter)]) for local, parameter in module.named_parameters()]
     state = [Slot(local, f"{path}.{local}") for local, _ in module.named_buffers()]
     return Stage(path, module, parameters, state)
+
+
+def slots(stage: Stage) -> dict[str, Any]:
+    """The stage's tensors as a schedule entry stores them: local name → the model's name."""
+    return {
+        "parameters": {slot.local: slot.full for slot in stage.parameters},
+        "trained": [slot.local for slot in stage.trained_parameters()],
+        "state": {slot.local: slot.full for slot in stage.state},
+    }
 
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))

@@ -1,0 +1,71 @@
+"""Lower many regions at once: a forked process for each core on CPU; on CUDA one after another (its compiler runs its own pool)."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import lowering
+from .capture import Captured
+from .regions import RegionSpec
+
+Report = Callable[[RegionSpec, int, int], None]  # called when a region is done: its spec, how many are done, of how many
+
+
+@dataclass(frozen=True)
+class _Work:
+    regions: dict[str, Captured]
+    device_type: str
+    folder: Path
+    debug: Path | None
+
+    def lower(self, name: str) -> tuple[int, float]:
+        started = time.perf_counter()
+        region = self.regions[name]
+        debug = self.debug / name if self.debug else None
+        kernels = lowering.lower(region.graph, region.inputs, self.device_type, self.folder / name, debug)
+        return kernels, round(time.perf_counter() - started, 2)
+
+
+# Traced graphs cannot be pickled: a forked worker inherits them here and is told a name.
+_work: _Work | None = None
+
+
+def lower_all(
+    regions: dict[str, Captured], device_type: str, folder: Path, workers: int | None, debug: Path | None, report: Report
+) -> None:
+    """Lower every region into `folder/NAME`; fills in each spec's `kernels` and `seconds`."""
+    global _work
+    _work = _Work(regions, device_type, folder, debug)
+    jobs = min(workers or lowering.compile_threads(), len(regions))
+    try:
+        if device_type != "cpu" or jobs == 1:
+            for done, name in enumerate(regions, 1):
+                _finish(regions[name].spec, _work.lower(name), report, done, len(regions))
+            return
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=_one_thread) as pool:
+            longest_first = sorted(regions, key=lambda name: -regions[name].spec.nodes)
+            futures = {pool.submit(_lower, name): name for name in longest_first}
+            for done, future in enumerate(as_completed(futures), 1):
+                _finish(regions[futures[future]].spec, future.result(), report, done, len(regions))
+    finally:
+        _work = None
+
+
+def _lower(name: str) -> tuple[int, float]:
+    assert _work is not None
+    return _work.lower(name)
+
+
+def _one_thread() -> None:
+    # a forked child must not enter an OpenMP region, whose threads stayed with the parent
+    torch.set_num_threads(1)
+
+
+def _finish(spec: RegionSpec, outcome: tuple[int, float], report: Report, done: int, total: int) -> None:
+    spec.kernels, spec.seconds = outcome
+    report(spec, done, total)

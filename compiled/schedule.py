@@ -1,0 +1,104 @@
+"""From a model to the regions of its train step and the schedule that runs them: the first half of `command=compile`.
+
+Each distinct part is traced once. Blocks are told apart by their structure, so a model of 96 equal blocks is traced like one of 2; parts
+of different structure that still trace to one graph share their machine code.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.precision import PrecisionPolicy
+
+from . import lowering
+from .capture import Captured, Sources, capture_stage
+from .capture_parts import Optimizer, capture_head, head_stage
+from .groups import add_updates
+from .spec import StepSpec
+from .stages import Stage, StagedModel, make_stage, slots, structure
+
+Regions = dict[str, Captured]
+
+
+@dataclass
+class Schedule:
+    """Which region computes which part, over which of the model's tensors. Plain data; stored in the manifest."""
+
+    embed: dict[str, Any] = field(default_factory=dict)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    head: dict[str, Any] = field(default_factory=dict)
+    updates: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def capture_step(model: StagedModel, spec: StepSpec, optimizer: Optimizer, policy: PrecisionPolicy) -> tuple[Regions, Schedule]:
+    """Trace every distinct part of the step on fake tensors; returns the regions by name and the schedule that uses them."""
+    device_type = spec.device["kind"]
+    sources = Sources(lowering.fake_mode(), torch.device(device_type))
+    with lowering.attention_context(device_type):
+        return _capture_step(model, spec, optimizer, policy, sources)
+
+
+def _capture_step(
+    model: StagedModel, spec: StepSpec, optimizer: Optimizer, policy: PrecisionPolicy, sources: Sources
+) -> tuple[Regions, Schedule]:
+    regions: Regions = {}
+    schedule = Schedule()
+    names = model.stages()
+
+    embed = make_stage(model, names.embed)
+    ids = {"input_ids": sources.empty((spec.batch_size, spec.max_seq_length), torch.int64)}
+    schedule.embed, hidden_states = _add_stage(regions, "embed", embed, ids, sources)
+    schedule.embed |= slots(embed)
+
+    hidden_states = hidden_states.requires_grad_()
+    activations = {"hidden_states": hidden_states} | _shared_inputs(model, spec, sources)
+    entries: dict[str, dict[str, Any]] = {}
+    blocks = [make_stage(model, path) for path in names.blocks]
+    for stage in blocks:
+        kind = structure(stage.module)
+        if kind not in entries:
+            entries[kind], _ = _add_stage(regions, f"block_{len(entries)}", stage, activations, sources)
+        schedule.blocks.append(entries[kind] | slots(stage))
+
+    head = head_stage(model)
+    tokens = spec.batch_size * spec.max_seq_length
+    for captured in capture_head(head, sources, policy, tokens, hidden_states.shape[-1], spec.head_chunks):
+        regions[captured.spec.name] = captured
+    schedule.head = {"train": "head_train", "evaluate": "head_evaluate", "chunks": spec.head_chunks} | slots(head)
+
+    schedule.updates = add_updates(regions, blocks, embed, head, spec.head_chunks, optimizer, policy, sources)
+    return regions, schedule
+
+
+def _add_stage(
+    regions: Regions, name: str, stage: Stage, activations: dict[str, Tensor], sources: Sources
+) -> tuple[dict[str, Any], Tensor]:
+    """Capture forward and backward, and where a backend keeps state the evaluating forward; returns their names and the output."""
+    stage.module.train()
+    forward, backward = capture_stage(name, stage, activations, sources)
+    parts = {"forward": forward, "backward": backward, "evaluate": forward}
+    if stage.state:
+        stage.module.eval()
+        parts["evaluate"], _ = capture_stage(f"{name}_evaluate", stage, activations, sources)
+        stage.module.train()
+    entry = {}
+    for role, captured in parts.items():
+        twin = next((known for known in regions.values() if known.identity == captured.identity), captured)
+        regions[twin.spec.name] = twin
+        entry[role] = twin.spec.name
+    output = forward.spec.outputs[0]
+    return entry, sources.empty(output.shape, getattr(torch, output.dtype))
+
+
+def _shared_inputs(model: StagedModel, spec: StepSpec, sources: Sources) -> dict[str, Tensor]:
+    """cos and sin [S, head_dim], and with article attention the mask [B, 1, S, S]: the same tensors for every block."""
+    cos, sin = model.rotary_tables(spec.max_seq_length, torch.device("cpu"))
+    shared = {"cos": sources.like(cos), "sin": sources.like(sin)}
+    if spec.article_attention:
+        shared["mask"] = sources.empty((spec.batch_size, 1, spec.max_seq_length, spec.max_seq_length), torch.bool)
+    return shared
