@@ -3,6 +3,12 @@
 import os
 import random
 import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+ROOT = str(Path(__file__).resolve().parents[1])
 
 # Before anything imports torch or transformers; subprocesses inherit it.
 os.environ.update(
@@ -13,10 +19,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # the order of a sum depends on the number of threads
     MPLBACKEND="Agg",
     COLUMNS="120",
+    PYTHONPATH=os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")])),  # for programs started by tests
 )
-
-import pytest
-from hypothesis import settings
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("repeatable")
