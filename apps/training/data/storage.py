@@ -80,12 +80,12 @@ def open_dataset(
     if length != max_seq_length:
         raise UserError(
             f"This dataset (seq len {length}) is not compatible with this model (seq len {max_seq_length}). "
-            f"In '{folder}'; set model.max_seq_length={length}, or prepare it again with max_seq_length={max_seq_length}."
+            f"Set model.max_seq_length={length}, or prepare '{folder}' again with max_seq_length={max_seq_length}."
         )
     if vocab_size is not None and dataset_vocab is not None and dataset_vocab > vocab_size:
         raise UserError(
             f"This dataset (vocabulary {dataset_vocab}) is not compatible with this model (vocabulary {vocab_size}). "
-            f"In '{folder}'; use a model with a larger vocabulary, or prepare the dataset with the model's tokenizer."
+            f"Use a model with a larger vocabulary, or prepare '{folder}' again with the model's tokenizer."
         )
     limit = vocab_size if vocab_size is not None else dataset_vocab
     train = RowFiles([inspect(path, length) for path in train_files], length, limit)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from apps.training.files import atomic_path
-from apps.training.records import Evaluation, StepRecord
-from apps.training.svg_chart import running_mean
+from apps.training.reporting.records import Evaluation, StepRecord
+from apps.training.reporting.svg_chart import running_mean
 
 
 def write_loss_plot(

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from apps.training.records import Evaluation, StepRecord
-from apps.training.svg_chart import Line, line_chart, running_mean
+from apps.training.reporting.records import Evaluation, StepRecord
+from apps.training.reporting.svg_chart import Line, line_chart, running_mean
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #fff; --ink: #1c2330; --soft: #667085; --rule: #e4e6ea;

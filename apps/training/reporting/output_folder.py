@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from apps.training.files import atomic_path
-from apps.training.records import StepRecord
+from apps.training.reporting.records import StepRecord
 from backends.errors import UserError
 
 RUN_FILES = ("config.yaml", "per_step_metrics.csv", "summary.txt", "loss.png", "report.html")

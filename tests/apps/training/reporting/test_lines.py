@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from apps.training.records import Evaluation, StepRecord
-from apps.training.reporting import evaluation_line, live_fields, overview, short, step_line
+from apps.training.reporting.lines import evaluation_line, live_fields, overview, short, step_line
+from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.steps import StepPlan
 
 RECORD = StepRecord(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apps.training.records import Evaluation, StepRecord
+from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.steps import Position
 
 

@@ -1,0 +1,59 @@
+"""Who may write where, and the CSV of the steps."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from apps.training.reporting.output_folder import COLUMNS, MetricsFile, require_free, start_run
+from apps.training.reporting.records import StepRecord
+from backends.errors import UserError
+
+
+def test_checking_a_new_folder_leaves_nothing_behind(tmp_path: Path) -> None:
+    require_free(tmp_path / "runs" / "new", overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["summary.txt", "config.json", "model-00001-of-00002.safetensors"])
+def test_another_run_or_checkpoint_needs_permission(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"holds another run \({name}\).*training\.overwrite_output_dir=true"):
+        require_free(tmp_path, overwrite=False)
+    require_free(tmp_path, overwrite=True)
+
+
+def test_other_peoples_files_are_no_run(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    require_free(tmp_path, overwrite=False)
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        require_free(tmp_path / "file", overwrite=True)
+    with pytest.raises(UserError, match=r"Cannot write training\.output_dir="):
+        require_free(tmp_path / "file" / "below", overwrite=True)
+    with pytest.raises(UserError, match=r"Cannot write training\.output_dir=/proc/nothing"):
+        require_free(Path("/proc/nothing"), overwrite=True)
+
+
+def test_starting_over_removes_stale_reports_but_not_the_checkpoint(tmp_path: Path) -> None:
+    for name in ("summary.txt", "report.html", "model.safetensors", "mine.txt"):
+        (tmp_path / name).write_text("old")
+    start_run(tmp_path, "command: run\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "model.safetensors", "mine.txt"}
+    assert (tmp_path / "config.yaml").read_text() == "command: run\n"
+
+
+def test_each_step_is_in_the_csv_at_once_as_plain_numbers(tmp_path: Path) -> None:
+    record = StepRecord(
+        step=1, epoch=1, loss=5.123456789, lr=1e-5, num_tokens=2691, num_counted=2600, seconds=0.5, grad_norm=None
+    )
+    with MetricsFile(tmp_path / "metrics.csv") as metrics:
+        metrics.append(record)
+        with (tmp_path / "metrics.csv").open(newline="") as file:  # not closed yet: a crash now would lose nothing
+            header, row = csv.reader(file)
+    assert header == list(COLUMNS)
+    assert header[:4] == ["Tokens in Step", "Step Loss", "Learning Rate", "Time per Step"]
+    assert row == ["2691", "5.123456789", "1e-05", "0.5", "1", "1", "2600", "", "5382.0"]
