@@ -1,0 +1,374 @@
+import copy
+import pickle
+from fnmatch import fnmatchcase
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from backends import collect_state
+from backends.base import Backend
+from backends.errors import UserError
+from backends.layers import BackendAttention, BackendLinear
+from backends.routing import LayerInfo, Rule, layers_of, plan, route
+
+SCALED = "tests.backends.stateful_backend:ScaledBackend"
+LINEARS_ONLY = f"{__name__}:LinearsOnly"
+
+
+class LinearsOnly(Backend):
+    def linear(self, x, weight, bias, state, *, training=False):
+        return x @ weight.T if bias is None else x @ weight.T + bias, state
+
+
+class Attention(BackendAttention):
+    def __init__(self):
+        super().__init__(num_heads=2, head_dim=4)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.attend(q, k, v, mask=None, scale=0.5).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.self_attn = Attention()
+        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(8, 16), "down_proj": BackendLinear(16, 8)})
+
+    def forward(self, x):
+        x = x + self.self_attn(x)
+        return x + self.mlp["down_proj"](self.mlp["up_proj"](x).relu())
+
+
+class TinyTransformer(nn.Module):
+    """Plain linears, one BackendLinear a block, BackendAttention, and a head."""
+
+    def __init__(self, depth: int = 2):
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(depth))
+        self.lm_head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+LAYERS = layers_of(TinyTransformer(depth=3), sequence_length=16)
+
+
+def backend_names(planned) -> dict[str, str]:
+    return {name: planned.backend_of(name).name for name in planned.layers}
+
+
+# ---- plan: a pure function -------------------------------------------------------------------------------------
+
+PATTERNS = st.sampled_from(
+    "* *.mlp.* *.self_attn *.self_attn.* *_proj *.[qk]_proj layers.?.mlp.up_proj layers.0.* layers.[12].* "
+    "layers.1.mlp.down_proj lm_head *lm_head *head".split()
+)
+RULES = st.lists(
+    st.builds(lambda match, levels: Rule(match, SCALED, {"levels": levels}), PATTERNS, st.integers(2, 9)), max_size=4
+)
+
+
+def first_match(name: str, rules: list[Rule]) -> int | None:
+    """Which rule takes a layer, by the definition in words."""
+    for number, rule in enumerate(rules):
+        if fnmatchcase(name, rule.match) and (name != "lm_head" or "lm_head" in rule.match):
+            return number
+    return None
+
+
+@given(RULES)
+def test_the_first_rule_that_matches_takes_the_layer_and_a_rule_without_layers_is_an_error(rules):
+    takers = {name: first_match(name, rules) for name in LAYERS}
+    if set(range(len(rules))) - set(takers.values()):
+        with pytest.raises(UserError, match="takes no layer|matches no layer"):
+            plan(LAYERS, rules)
+        return
+    planned = plan(LAYERS, rules)
+    for name, taker in takers.items():
+        if taker is None:
+            assert planned.backend_of(name).name == "dense"
+        else:
+            assert planned.backend_of(name).config.levels == rules[taker].options["levels"]
+    routed = [name for row in planned.routes for name in row.layers]
+    assert sorted(routed) == sorted(LAYERS), "every layer in exactly one route"
+
+
+@given(RULES, st.sampled_from(["dense", SCALED]))
+def test_plan_is_pure(rules, default):
+    def outcome() -> object:
+        try:
+            planned = plan(LAYERS, rules, default)
+        except UserError as error:
+            return str(error)
+        return planned, planned.to_json(), planned.table()
+
+    before = copy.deepcopy((LAYERS, rules))
+    assert outcome() == outcome()
+    assert before == (LAYERS, rules)
+
+
+def test_without_rules_everything_is_dense():
+    assert set(backend_names(plan(LAYERS)).values()) == {"dense"}
+
+
+def test_the_block_pattern_takes_the_linears_inside_attention_and_the_bare_name_its_products():
+    inside = plan(LAYERS, [{"match": "*.self_attn.*", "use": SCALED}]).routes[0].layers
+    products = plan(LAYERS, [{"match": "*.self_attn", "use": SCALED}]).routes[0].layers
+    assert {LAYERS[name].kind for name in inside} == {"linear"}
+    assert [*products] == [f"layers.{i}.self_attn" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "taken"), [("*", False), ("*h*", False), ("lm_head", True), ("*lm_head", True), ("*lm_head*", True)]
+)
+def test_the_head_is_taken_only_by_a_pattern_that_spells_it_out(pattern, taken):
+    layers = {"model.layers.0.half": LAYERS["layers.0.mlp.up_proj"], "lm_head": LAYERS["lm_head"]}
+    planned = plan(layers, [{"match": pattern, "use": SCALED}])
+    assert planned.backend_of("lm_head").name == (SCALED if taken else "dense")
+
+
+def test_the_default_leaves_the_head_dense():
+    planned = plan(LAYERS, default=SCALED)
+    assert backend_names(planned) == {name: "dense" if name == "lm_head" else SCALED for name in LAYERS}
+    assert [row.match for row in planned.routes] == ["(default)", "(dense)"]
+
+
+def test_a_backend_without_attention_leaves_attention_to_later_rules_and_to_dense():
+    rules = [{"match": "layers.[01].*", "use": LINEARS_ONLY}, {"match": "layers.1.self_attn", "use": SCALED}]
+    planned = plan(LAYERS, rules, default=LINEARS_ONLY)
+    names = backend_names(planned)
+    assert names["layers.0.mlp.up_proj"] == names["layers.2.mlp.up_proj"] == LINEARS_ONLY
+    assert names["layers.1.self_attn"] == SCALED
+    assert names["layers.0.self_attn"] == names["layers.2.self_attn"] == "dense"
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            [{"match": "*.mpl.*", "use": "dense"}],
+            "Routing rule '*.mpl.*' → dense matches no layer. Near it: layers.{0-2}.mlp.{up,down}_proj.",
+        ),
+        (
+            [{"match": "*.mlp.*", "use": "dense"}, {"match": "*.up_proj", "use": "dense"}],
+            "Routing rule '*.up_proj' → dense takes no layer: '*.mlp.*' before it took all 3 that it matches "
+            "(the first match wins). Put it first, or remove it.",
+        ),
+        (
+            [{"match": "*head", "use": "dense"}],
+            "Routing rule '*head' → dense takes no layer: it matches the head only, and a rule for that must name "
+            "'lm_head'.",
+        ),
+        (
+            [{"match": "*.self_attn", "use": LINEARS_ONLY}],
+            f"Routing rule '*.self_attn' → {LINEARS_ONLY} takes no layer: it matches attention layers only, which this "
+            "backend does not compute.",
+        ),
+        ([{"match": "*", "use": "dens"}], "Unknown backend 'dens'. Did you mean 'dense'? Available: dense."),
+        (
+            [{"match": "*", "use": SCALED, "level": 3}],
+            f"Unknown {SCALED} option 'level'. Did you mean 'levels'? Available: levels.",
+        ),
+        (
+            [{"match": "*", "use": SCALED, "levels": "8"}],
+            f"Option 'levels' of backend '{SCALED}' is '8' (str). Expected int.",
+        ),
+        (
+            [{"mtach": "*", "use": "dense"}],
+            "Routing rule {'mtach': '*', 'use': 'dense'} has no text for 'match'. Is it what you meant by 'mtach'? "
+            "Expected {match: PATTERN, use: BACKEND, option: value, ...}.",
+        ),
+        (
+            [{"match": "*", "use": 3}],
+            "Routing rule {'match': '*', 'use': 3} has no text for 'use'. "
+            "Expected {match: PATTERN, use: BACKEND, option: value, ...}.",
+        ),
+        (["*"], "A routing rule is '*'. Expected {match: PATTERN, use: BACKEND, option: value, ...}."),
+    ],
+)
+def test_each_mistake_is_one_clear_line(rules, message):
+    with pytest.raises(UserError) as error:
+        plan(LAYERS, rules)
+    assert str(error.value) == message
+
+
+def test_a_rule_for_a_model_without_layers_says_so():
+    with pytest.raises(UserError, match="the model has no linear or attention layer"):
+        route(nn.Sequential(nn.ReLU()), [{"match": "*", "use": "dense"}])
+
+
+def test_a_mistake_leaves_the_model_as_it_was():
+    model = TinyTransformer()
+    with pytest.raises(UserError):
+        route(model, [{"match": "*.mlp.*", "use": SCALED}, {"match": "*.nothing", "use": "dense"}])
+    assert type(model.lm_head) is nn.Linear
+    assert {type(module.backend).__name__ for module in model.modules() if hasattr(module, "backend")} == {"Dense"}
+
+
+# ---- what a plan tells -----------------------------------------------------------------------------------------
+
+
+def test_the_table():
+    rules = [{"match": "*.mlp.*", "use": SCALED, "levels": 8}, {"match": "*.self_attn", "use": "dense"}]
+    lines = plan(LAYERS, rules).table().splitlines()
+    assert lines[0].split() == ["pattern", "backend", "count", "layers", "parameters", "FLOPs"]
+    assert lines[1].split() == [
+        "*.mlp.*", f"{SCALED}(levels=8)", "6", "layers.{0-2}.mlp.{up,down}_proj", "840", "38.2%",
+    ]  # fmt: skip
+    assert lines[2].split() == ["*.self_attn", "dense", "3", "layers.{0-2}.self_attn", "0", "19.1%"]
+    assert lines[3].split() == ["(default)", "dense", "13", "layers.{0-2}.self_attn.{q,k,v,o}_proj", "856", "42.6%"]
+    assert lines[4].split() == ["lm_head"]
+
+
+def test_the_json_holds_backend_options_fingerprint_and_layers():
+    rows = plan(LAYERS, [{"match": "*.mlp.up_proj", "use": SCALED, "levels": 8}]).to_json()
+    assert rows[0]["match"] == "*.mlp.up_proj"
+    assert rows[0]["use"] == SCALED
+    assert rows[0]["options"] == {"levels": 8}
+    assert len(rows[0]["fingerprint"]) == 64
+    assert rows[0]["layers"] == [f"layers.{i}.mlp.up_proj" for i in range(3)]
+
+
+def test_layer_infos_count_parameters_and_the_flops_of_the_products():
+    up = LAYERS["layers.0.mlp.up_proj"]
+    assert up == LayerInfo(
+        kind="linear", in_features=8, out_features=16, parameters=8 * 16 + 16, flops_per_token=2 * 8 * 16
+    )
+    attention = LAYERS["layers.0.self_attn"]
+    # A token attends 8 of 16 tokens on average; two products of 2 heads × 4, two operations a multiply-add.
+    assert attention.flops_per_token == 2 * 2 * 8 * (2 * 4)
+
+
+# ---- route: in place -------------------------------------------------------------------------------------------
+
+
+def test_a_dense_route_changes_no_bit_no_name_and_no_hook():
+    torch.manual_seed(0)
+    model, x = TinyTransformer(), torch.randn(2, 5, 8)
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda *_: seen.append(True))
+    weights, expected = dict(model.named_parameters()), model(x)
+    route(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in weights.items()}
+    assert list(model.state_dict()) == list(weights)
+    assert torch.equal(model(x), expected)
+    assert len(seen) == 2
+
+
+def test_the_routed_layers_compute_with_their_backend():
+    model = TinyTransformer()
+    route(model, [{"match": "*.mlp.*", "use": SCALED, "levels": 8}, {"match": "*.self_attn", "use": SCALED}])
+    with collect_state() as collected:
+        model(torch.randn(2, 5, 8))
+    touched = {name.rpartition(".")[0] for name in collected.named(model)}
+    assert touched == {f"layers.{i}.{part}" for i in range(2) for part in ("mlp.up_proj", "mlp.down_proj", "self_attn")}
+
+
+def test_a_routed_model_copies_pickles_and_can_be_routed_again():
+    model, x = TinyTransformer(), torch.randn(2, 5, 8)
+    route(model, [{"match": "*", "use": SCALED}])
+    model(x)
+    model.eval()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+    route(model)
+    assert not list(model.buffers())
+
+
+def test_a_model_on_meta_is_routed_without_memory():
+    with torch.device("meta"):
+        model = TinyTransformer()
+    route(model, [{"match": "*", "use": SCALED}])
+    assert all(buffer.is_meta for buffer in model.buffers())
+    model.to_empty(device="cpu")
+    assert all(buffer == 0 for buffer in model.buffers())
+
+
+def test_tied_weights_stay_tied():
+    model = TinyTransformer()
+    embedding = nn.Embedding(11, 8)
+    model.lm_head.weight = embedding.weight
+    route(model, [{"match": "lm_head", "use": SCALED}])
+    assert model.lm_head.weight is embedding.weight
+
+
+def test_a_shared_layer_is_routed_once():
+    model = TinyTransformer()
+    model.layers[1].mlp["up_proj"] = model.layers[0].mlp["up_proj"]
+    planned = route(model, [{"match": "*.up_proj", "use": SCALED}])
+    assert planned.routes[0].layers == ("layers.0.mlp.up_proj",)
+
+
+def test_a_subclass_of_linear_that_computes_something_else_is_left_alone():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(Doubled(4, 4), nn.Linear(4, 4))
+    assert list(route(model).layers) == ["1"]
+    assert type(model[0]) is Doubled
+
+
+def test_a_layer_whose_forward_was_replaced_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].forward = lambda x: x
+    with pytest.raises(UserError, match="Layer '0' has had its forward replaced"):
+        route(model)
+
+
+def test_torchs_own_encoder_layer_computes_with_the_backend_in_evaluation_too():
+    """Its fused evaluation path would read the weights past the linears."""
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        dense = layer(x)
+        planned = route(layer, [{"match": "linear?", "use": SCALED}])
+        assert list(planned.layers) == ["linear1", "linear2"]
+        assert not torch.equal(layer(x), dense), "the uncalibrated backend was not asked"
+
+
+# ---- models of transformers ------------------------------------------------------------------------------------
+
+
+def tiny_roberta():
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=50, num_labels=3, **sizes))
+    return model, {"input_ids": torch.randint(3, 50, (2, 7))}
+
+
+def tiny_vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
+    return model, {"pixel_values": torch.randn(2, 3, 8, 8)}
+
+
+@pytest.mark.parametrize("build", [tiny_roberta, tiny_vit])
+def test_any_transformers_model_is_routed_and_trains(build):
+    torch.manual_seed(0)
+    model, inputs = build()
+    model.eval()
+    expected = model(**inputs).logits
+    num_linears = sum(type(module) is nn.Linear for module in model.modules())
+    planned = route(model)
+    assert len(planned.layers) == num_linears
+    assert torch.equal(model(**inputs).logits, expected)
+    route(model, [{"match": "*.[01].*", "use": SCALED, "levels": 4096}])
+    model.train()
+    loss = model(**inputs, labels=torch.tensor([0, 2])).loss
+    loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if name.endswith("dense.weight"))
+    assert {buffer.item() for name, buffer in model.named_buffers() if name.endswith(".step")} == {1}
