@@ -46,6 +46,17 @@ class ZooLlamaConfig(LlamaConfig):
             logits=self.logits_dtype,
         )
 
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What transformers reads config.json with: a Llama's is ours."""
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = values.get("model_type", cls.model_type)
+        if model_type not in (LlamaConfig.model_type, cls.model_type):
+            raise UserError(f"'{pretrained_model_name_or_path}' is a model of type '{model_type}'. Expected 'llama'.")
+        return {**values, "model_type": cls.model_type}, unused
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the plain Hugging Face config.json, which transformers reads without this project."""
         from modelzoo.configuration_transformer import ConfigurationTransformer
