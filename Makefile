@@ -48,7 +48,7 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # The demo: settings that both commands share, so that the artifact fits the run.
 DEMO := outputs/demo
-DEMO_STEPS := 300
+DEMO_STEPS ?= 300
 DEMO_SETTINGS := checkpoint.config_name=demo model.max_seq_length=256 training.batch_size=16 compile.output_dir=$(DEMO)/artifacts
 
 demo: $(INSTALLED)
