@@ -15,10 +15,11 @@ EXPONENT = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        twice = next((key for key, _ in node.value if names.count(key.value) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key '{twice.value}' is given twice", twice.start_mark)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -57,5 +58,5 @@ def read_yaml_mapping(path: str) -> dict[str, Any]:
 
 
 def write_yaml(value: dict[str, Any]) -> str:
-    """`value` as YAML, in its own order."""
-    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """`value` as YAML, in its own order. In ASCII: PyYAML writes some of Unicode's line breaks so that they read as blanks."""
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, width=120)
