@@ -58,5 +58,5 @@ def read_yaml_mapping(path: str) -> dict[str, Any]:
 
 
 def write_yaml(value: dict[str, Any]) -> str:
-    """`value` as YAML, in its own order. In ASCII: PyYAML writes some of Unicode's line breaks so that they read as blanks."""
+    """`value` as YAML, in its own order and in ASCII: PyYAML reads some of the line breaks it writes back as blanks."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, width=120)
