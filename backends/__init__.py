@@ -17,7 +17,8 @@ from backends.errors import UserError, did_you_mean, unknown
 if TYPE_CHECKING:
     from backends.base import Backend
     from backends.layers import BackendAttention, BackendLinear
-    from backends.routing import LayerInfo, Plan, Rule, plan, route
+    from backends.routing import Plan, plan, route
+    from backends.routing_rules import LayerInfo, Rule
     from backends.state import collect_state
 
 __all__ = [
@@ -39,9 +40,9 @@ _LAZY = {
     "Backend": "backends.base",
     "BackendAttention": "backends.layers",
     "BackendLinear": "backends.layers",
-    "LayerInfo": "backends.routing",
+    "LayerInfo": "backends.routing_rules",
     "Plan": "backends.routing",
-    "Rule": "backends.routing",
+    "Rule": "backends.routing_rules",
     "collect_state": "backends.state",
     "plan": "backends.routing",
     "route": "backends.routing",

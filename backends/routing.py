@@ -1,69 +1,25 @@
 """Which backend computes which layer: rules in, a plan out, applied to a model in place.
 
-A rule is `{match: PATTERN, use: BACKEND, option: value, ...}`. PATTERN is a glob over a layer's full dotted name (`*`
-also crosses dots, `?` and `[0-3]` as in a shell): `*.mlp.*` takes the MLP's linears, `*.self_attn` the attention
-products, `*.self_attn.*` the linears inside attention. The first rule that matches a layer takes it; a backend that
-computes no attention leaves attention layers to later rules. The language-model head (any layer with `lm_head` in its
-path) is taken only by a pattern that spells `lm_head` out (`lm_head`, `*lm_head`): neither `*` nor the default moves
-it away from dense.
+The first rule that matches a layer takes it; a backend that computes no attention leaves attention layers to later
+rules. What no rule takes goes to the default, the head (which the default does not move) to dense.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import SequenceMatcher
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from backends import load
 from backends.base import Backend
-from backends.errors import UserError, did_you_mean
+from backends.errors import UserError
 from backends.layers import BackendAttention, BackendLinear
+from backends.routing_rules import LayerInfo, Rule, is_head, takes_nothing
 from backends.routing_table import count_text, plain_table, shorten
 
-HEAD = "lm_head"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerInfo:
-    """What a plan needs to know of a layer; `flops_per_token` of its products in the forward, in dense arithmetic."""
-
-    kind: Literal["linear", "attention"]
-    in_features: int
-    out_features: int
-    parameters: int
-    flops_per_token: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Layers whose name matches go to the backend called `use`, built with `options`."""
-
-    match: str
-    use: str
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def from_mapping(cls, given: Mapping[str, Any]) -> Rule:
-        """Read one entry of `backend.rules`."""
-        form = "Expected {match: PATTERN, use: BACKEND, option: value, ...}."
-        if not isinstance(given, Mapping):
-            raise UserError(f"A routing rule is {given!r}. {form}")
-        for key in ("match", "use"):
-            if not isinstance(given.get(key), str):
-                near = did_you_mean(key, [name for name in given if name not in ("match", "use")])
-                near = near.replace("Did you mean", "Is it what you meant by") if near else ""
-                raise UserError(f"Routing rule {dict(given)} has no text for '{key}'.{near} {form}")
-        return cls(given["match"], given["use"], {k: v for k, v in given.items() if k not in ("match", "use")})
-
-    def names(self, layer: str) -> bool:
-        """Whether the pattern covers the layer's full name, the head's exception included."""
-        spelled_out = HEAD in self.match or HEAD not in layer.split(".")
-        return spelled_out and fnmatchcase(layer, self.match)
+__all__ = ["LayerInfo", "Plan", "Route", "Rule", "layers_of", "plan", "route"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +83,7 @@ def plan(
         backend = load(rule.use, **rule.options)
         taken = tuple(name for name, info in left.items() if rule.names(name) and backend.computes(info.kind))
         if not taken:
-            raise _useless(rule, backend, layers, routes)
+            raise takes_nothing(rule, backend, layers, {route.match: route.layers for route in routes})
         routes.append(Route(rule.match, backend, taken))
         for name in taken:
             del left[name]
@@ -203,36 +159,4 @@ def _linear_info(layer: nn.Linear) -> LayerInfo:
 
 
 def _takes_by_default(backend: Backend, name: str, info: LayerInfo) -> bool:
-    return backend.computes(info.kind) and (HEAD not in name.split(".") or backend == load("dense"))
-
-
-def _useless(rule: Rule, backend: Backend, layers: Mapping[str, LayerInfo], routes: Sequence[Route]) -> UserError:
-    """Say why a rule takes no layer, and what to type instead."""
-    given = f"Routing rule '{rule.match}' → {backend}"
-    matched = [name for name in layers if rule.names(name)]
-    computable = [name for name in matched if backend.computes(layers[name].kind)]
-    if computable:
-        takers = [f"'{route.match}'" for route in routes if set(route.layers) & set(computable)]
-        return UserError(
-            f"{given} takes no layer: {' and '.join(takers)} before it took all {len(computable)} that it matches "
-            "(the first match wins). Put it first, or remove it."
-        )
-    if matched:
-        kind = layers[matched[0]].kind
-        return UserError(f"{given} takes no layer: it matches {kind} layers only, which this backend does not compute.")
-    if any(fnmatchcase(name, rule.match) for name in layers):
-        return UserError(f"{given} takes no layer: it matches the head only, and a rule for that must name '{HEAD}'.")
-    return UserError(f"{given} matches no layer. Near it: {_nearest(rule.match, layers)}.")
-
-
-def _nearest(pattern: str, layers: Iterable[str]) -> str:
-    """Up to three groups of layers whose path has parts that look like those the pattern spells out."""
-
-    def likeness(name: str) -> float:
-        parts = name.split(".")
-        return sum(max(SequenceMatcher(None, word, part).ratio() for part in parts) for word in words)
-
-    words = [word for word in re.split(r"[.*?]+", pattern) if word]
-    names = sorted(layers, key=likeness, reverse=True)
-    best = [name for name in names if likeness(name) == likeness(names[0])]
-    return ", ".join(shorten(best)[:3]) or "nothing, for the model has no linear or attention layer"
+    return backend.computes(info.kind) and (not is_head(name) or backend == load("dense"))

@@ -8,16 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.aot_autograd import aot_export_joint_simple
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import backends
-from backends.base import Backend, StateSpec
-from backends.layers import BackendAttention, BackendLinear
-
-NAMES = [*backends.available(), "tests.backends.stateful_backend:ScaledBackend"]
-IN, OUT, HEADS, GROUPS, HEAD_DIM, LENGTH = 6, 10, 4, 2, 8, 5
+from backends.base import Backend
+from tests.backends.contract import (
+    HEAD_DIM,
+    HEADS,
+    IN,
+    LENGTH,
+    NAMES,
+    OUT,
+    attend,
+    attention_operands,
+    calibrated,
+    linear_operands,
+    tensors,
+)
 
 
 @pytest.fixture(params=NAMES)
@@ -37,36 +43,6 @@ def attention_backend(backend) -> Backend:
     if not backend.computes("attention"):
         pytest.skip("computes no attention")
     return backend
-
-
-def tensors(specs: dict[str, StateSpec]) -> dict[str, Tensor]:
-    return {name: torch.full(spec.shape, spec.fill, dtype=getattr(torch, spec.dtype)) for name, spec in specs.items()}
-
-
-def linear_operands(backend: Backend, dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, object, Tensor | None]:
-    """x, and weight and bias as `backend.linear` gets them from a layer."""
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(3, IN, generator=generator, dtype=torch.float64).to(dtype)
-    weight = torch.randn(OUT, IN, generator=generator, dtype=torch.float64).to(dtype)
-    b = torch.randn(OUT, generator=generator, dtype=torch.float64).to(dtype) if bias else None
-    if backend.parameter_spec(IN, OUT, bias) is not None:
-        return x, backend.initial_parameters(weight, b), None
-    return x, weight, b
-
-
-def attention_operands(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    shapes = ((2, HEADS, LENGTH, HEAD_DIM), (2, GROUPS, LENGTH, HEAD_DIM), (2, GROUPS, LENGTH, HEAD_DIM))
-    q, k, v = (torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    return q, k, v
-
-
-def attend(backend: Backend, q: Tensor, k: Tensor, v: Tensor, state: dict, *, mask=None, training=False):
-    return backend.attention(q, k, v, mask=mask, scale=HEAD_DIM**-0.5, is_causal=True, state=state, training=training)
-
-
-def calibrated(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-    return attend(backend, q, k, v, tensors(backend.attention_state(HEADS, HEAD_DIM)), training=True)[1]
 
 
 # ---- shapes and dtypes -----------------------------------------------------------------------------------------
@@ -191,102 +167,6 @@ def test_attention_is_a_pure_function_of_its_tensors(attention_backend):
     q, k, v = attention_operands()
     state = tensors(attention_backend.attention_state(HEADS, HEAD_DIM))
     assert_pure(lambda given: attend(attention_backend, q, k, v, given, training=True), state)
-
-
-# ---- fake tensors and capture ----------------------------------------------------------------------------------
-
-
-def test_layers_run_on_fake_tensors(backend):
-    with FakeTensorMode():
-        if backend.computes("linear"):
-            linear = BackendLinear(IN, OUT)
-            linear.set_backend(backend)
-            assert linear(torch.empty(2, 3, IN)).shape == (2, 3, OUT)
-        if backend.computes("attention"):
-            attention = BackendAttention(HEADS, HEAD_DIM)
-            attention.set_backend(backend)
-            q, k = torch.empty(2, HEADS, LENGTH, HEAD_DIM), torch.empty(2, GROUPS, LENGTH, HEAD_DIM)
-            assert attention.attend(q, k, k, mask=None, scale=1.0).shape == q.shape
-
-
-def test_a_layer_on_the_meta_device_routes_without_memory(linear_backend):
-    layer = BackendLinear(IN, OUT, device="meta")
-    layer.set_backend(linear_backend)
-    assert all(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
-    assert layer(torch.empty(3, IN, device="meta")).shape == (3, OUT)
-
-
-class Attention(BackendAttention):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # As in a model something follows: a region cannot return a view of what it computed.
-        return 2 * self.attend(q, k, v, mask=None, scale=HEAD_DIM**-0.5)
-
-
-def example_layers(backend: Backend):
-    if backend.computes("linear"):
-        linear = BackendLinear(IN, OUT)
-        linear.set_backend(backend)
-        yield linear, [torch.randn(3, IN)]
-    if backend.computes("attention"):
-        attention = Attention(HEADS, HEAD_DIM)
-        attention.set_backend(backend)
-        yield attention, list(attention_operands())
-
-
-def region(layer: torch.nn.Module, num_inputs: int):
-    """A layer as a function (inputs…, parameters…, state…) → (y, new state…), as a compiled region wants it."""
-    names = [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
-    buffers = [name for name, _ in layer.named_buffers()]
-
-    def forward(*flat: Tensor) -> tuple[Tensor, ...]:
-        values = dict(zip(names, flat[num_inputs:], strict=True))
-        with backends.collect_state() as collected:
-            y = torch.func.functional_call(layer, values, flat[:num_inputs])
-        new_state = collected.named(layer)
-        return (y, *(new_state[name] for name in buffers))
-
-    return forward
-
-
-def training_step(forward):
-    """(leaves, state) → y, new state… and the gradient of y² with respect to every leaf."""
-
-    def step(leaves: list[Tensor], state: list[Tensor]) -> list[Tensor]:
-        y, *new_state = forward(*leaves, *state)
-        return [y, *new_state, *torch.autograd.grad(y.square().sum(), leaves)]
-
-    return step
-
-
-def region_arguments(layer: torch.nn.Module, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Fresh copies of what gradients are taken for, and of the state."""
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in (*inputs, *layer.parameters())]
-    return leaves, [buffer.clone() for buffer in layer.buffers()]
-
-
-def test_a_training_step_is_captured_as_a_graph_without_constants(backend):
-    for layer, inputs in example_layers(backend):
-        step = training_step(region(layer, len(inputs)))
-        leaves, state = region_arguments(layer, inputs)
-        graph = make_fx(step, tracing_mode="fake")(leaves, state)
-        baked_in = [node for node in graph.graph.nodes if node.op == "get_attr"]
-        assert not baked_in, "a tensor of the layer became a constant of the graph"
-        other_state = [tensor + 1 for tensor in state]
-        torch.testing.assert_close(graph(leaves, other_state), step(leaves, other_state), rtol=0, atol=0)
-
-
-def test_the_joint_graph_of_a_region_returns_output_state_and_gradients(backend):
-    for layer, inputs in example_layers(backend):
-        forward = region(layer, len(inputs))
-        leaves, state = region_arguments(layer, inputs)
-        joint = aot_export_joint_simple(forward, (*leaves, *state), trace_joint=True)
-        y, *new_state = forward(*leaves, *state)
-        upstream = torch.ones_like(y)
-        with torch.no_grad():
-            outputs, gradients = joint([*leaves, *state], [upstream])
-        torch.testing.assert_close(list(outputs), [y, *new_state], rtol=1e-6, atol=1e-6)
-        expected = [*torch.autograd.grad(y, leaves, upstream), *(None for _ in state)]
-        torch.testing.assert_close(list(gradients), expected, rtol=1e-6, atol=1e-6)
 
 
 # ---- identity --------------------------------------------------------------------------------------------------

@@ -9,54 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from backends import collect_state
-from backends.base import Backend
 from backends.errors import UserError
-from backends.layers import BackendAttention, BackendLinear
 from backends.routing import LayerInfo, Rule, layers_of, plan, route
-
-SCALED = "tests.backends.stateful_backend:ScaledBackend"
-LINEARS_ONLY = f"{__name__}:LinearsOnly"
-
-
-class LinearsOnly(Backend):
-    def linear(self, x, weight, bias, state, *, training=False):
-        return x @ weight.T if bias is None else x @ weight.T + bias, state
-
-
-class Attention(BackendAttention):
-    def __init__(self):
-        super().__init__(num_heads=2, head_dim=4)
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8, bias=False) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (p(x).unflatten(-1, (2, 4)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(self.attend(q, k, v, mask=None, scale=0.5).transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.self_attn = Attention()
-        self.mlp = nn.ModuleDict({"up_proj": nn.Linear(8, 16), "down_proj": BackendLinear(16, 8)})
-
-    def forward(self, x):
-        x = x + self.self_attn(x)
-        return x + self.mlp["down_proj"](self.mlp["up_proj"](x).relu())
-
-
-class TinyTransformer(nn.Module):
-    """Plain linears, one BackendLinear a block, BackendAttention, and a head."""
-
-    def __init__(self, depth: int = 2):
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(depth))
-        self.lm_head = nn.Linear(8, 11, bias=False)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(x)
-
+from tests.backends.tiny_transformer import LINEARS_ONLY, SCALED, TinyTransformer
 
 LAYERS = layers_of(TinyTransformer(depth=3), sequence_length=16)
 
@@ -119,22 +74,6 @@ def test_without_rules_everything_is_dense():
     assert set(backend_names(plan(LAYERS)).values()) == {"dense"}
 
 
-def test_the_block_pattern_takes_the_linears_inside_attention_and_the_bare_name_its_products():
-    inside = plan(LAYERS, [{"match": "*.self_attn.*", "use": SCALED}]).routes[0].layers
-    products = plan(LAYERS, [{"match": "*.self_attn", "use": SCALED}]).routes[0].layers
-    assert {LAYERS[name].kind for name in inside} == {"linear"}
-    assert [*products] == [f"layers.{i}.self_attn" for i in range(3)]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "taken"), [("*", False), ("*h*", False), ("lm_head", True), ("*lm_head", True), ("*lm_head*", True)]
-)
-def test_the_head_is_taken_only_by_a_pattern_that_spells_it_out(pattern, taken):
-    layers = {"model.layers.0.half": LAYERS["layers.0.mlp.up_proj"], "lm_head": LAYERS["lm_head"]}
-    planned = plan(layers, [{"match": pattern, "use": SCALED}])
-    assert planned.backend_of("lm_head").name == (SCALED if taken else "dense")
-
-
 def test_the_default_leaves_the_head_dense():
     planned = plan(LAYERS, default=SCALED)
     assert backend_names(planned) == {name: "dense" if name == "lm_head" else SCALED for name in LAYERS}
@@ -148,72 +87,6 @@ def test_a_backend_without_attention_leaves_attention_to_later_rules_and_to_dens
     assert names["layers.0.mlp.up_proj"] == names["layers.2.mlp.up_proj"] == LINEARS_ONLY
     assert names["layers.1.self_attn"] == SCALED
     assert names["layers.0.self_attn"] == names["layers.2.self_attn"] == "dense"
-
-
-# ---- mistakes --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        (
-            [{"match": "*.mpl.*", "use": "dense"}],
-            "Routing rule '*.mpl.*' → dense matches no layer. Near it: layers.{0-2}.mlp.{up,down}_proj.",
-        ),
-        (
-            [{"match": "*.mlp.*", "use": "dense"}, {"match": "*.up_proj", "use": "dense"}],
-            "Routing rule '*.up_proj' → dense takes no layer: '*.mlp.*' before it took all 3 that it matches "
-            "(the first match wins). Put it first, or remove it.",
-        ),
-        (
-            [{"match": "*head", "use": "dense"}],
-            "Routing rule '*head' → dense takes no layer: it matches the head only, and a rule for that must name "
-            "'lm_head'.",
-        ),
-        (
-            [{"match": "*.self_attn", "use": LINEARS_ONLY}],
-            f"Routing rule '*.self_attn' → {LINEARS_ONLY} takes no layer: it matches attention layers only, which this "
-            "backend does not compute.",
-        ),
-        ([{"match": "*", "use": "dens"}], "Unknown backend 'dens'. Did you mean 'dense'? Available: dense."),
-        (
-            [{"match": "*", "use": SCALED, "level": 3}],
-            f"Unknown {SCALED} option 'level'. Did you mean 'levels'? Available: levels.",
-        ),
-        (
-            [{"match": "*", "use": SCALED, "levels": "8"}],
-            f"Option 'levels' of backend '{SCALED}' is '8' (str). Expected int.",
-        ),
-        (
-            [{"mtach": "*", "use": "dense"}],
-            "Routing rule {'mtach': '*', 'use': 'dense'} has no text for 'match'. Is it what you meant by 'mtach'? "
-            "Expected {match: PATTERN, use: BACKEND, option: value, ...}.",
-        ),
-        (
-            [{"match": "*", "use": 3}],
-            "Routing rule {'match': '*', 'use': 3} has no text for 'use'. "
-            "Expected {match: PATTERN, use: BACKEND, option: value, ...}.",
-        ),
-        (["*"], "A routing rule is '*'. Expected {match: PATTERN, use: BACKEND, option: value, ...}."),
-    ],
-)
-def test_each_mistake_is_one_clear_line(rules, message):
-    with pytest.raises(UserError) as error:
-        plan(LAYERS, rules)
-    assert str(error.value) == message
-
-
-def test_a_rule_for_a_model_without_layers_says_so():
-    with pytest.raises(UserError, match="the model has no linear or attention layer"):
-        route(nn.Sequential(nn.ReLU()), [{"match": "*", "use": "dense"}])
-
-
-def test_a_mistake_leaves_the_model_as_it_was():
-    model = TinyTransformer()
-    with pytest.raises(UserError):
-        route(model, [{"match": "*.mlp.*", "use": SCALED}, {"match": "*.nothing", "use": "dense"}])
-    assert type(model.lm_head) is nn.Linear
-    assert {type(module.backend).__name__ for module in model.modules() if hasattr(module, "backend")} == {"Dense"}
 
 
 # ---- what a plan tells -----------------------------------------------------------------------------------------
@@ -335,6 +208,14 @@ def test_torchs_own_encoder_layer_computes_with_the_backend_in_evaluation_too():
         planned = route(layer, [{"match": "linear?", "use": SCALED}])
         assert list(planned.layers) == ["linear1", "linear2"]
         assert not torch.equal(layer(x), dense), "the uncalibrated backend was not asked"
+
+
+def test_a_mistake_leaves_the_model_as_it_was():
+    model = TinyTransformer()
+    with pytest.raises(UserError):
+        route(model, [{"match": "*.mlp.*", "use": SCALED}, {"match": "*.nothing", "use": "dense"}])
+    assert type(model.lm_head) is nn.Linear
+    assert {type(module.backend).__name__ for module in model.modules() if hasattr(module, "backend")} == {"Dense"}
 
 
 # ---- models of transformers ------------------------------------------------------------------------------------
