@@ -53,7 +53,7 @@ DEMO_SETTINGS := checkpoint.config_name=demo model.max_seq_length=256 training.b
 
 demo: $(INSTALLED)
 	@rm -rf $(DEMO)
-	$(PY) apps/prepare_data.py output=$(DEMO)/dataset max_seq_length=256 vocab_size=4096
+	$(PY) apps/prepare_data.py output_dir=$(DEMO)/dataset max_seq_length=256 vocab_size=4096
 	$(PY) apps/train_llm.py command=compile $(DEMO_SETTINGS)
 	$(PY) apps/train_llm.py command=run $(DEMO_SETTINGS) training.dataset=$(DEMO)/dataset training.output_dir=$(DEMO)/run \
 		training.max_steps=$(DEMO_STEPS) optimizer.lr=2e-3 schedule.warmup_steps=30 logging.every=10

@@ -122,6 +122,9 @@ def _convert(key: Key, item: Assignment) -> Any:
 
 def _read_text(key: Key, text: str) -> Any:
     """What a command-line text spells: itself for a text or a choice, else YAML."""
+    if not text and not key.allow_empty:
+        null = f", or {key.path}=null to unset it" if key.optional else ""
+        raise UserError(f"'{key.path}=' has no value. Expected {key.expected}{null}.")
     if text == "null":
         return None
     return text if key.choices or key.plain_type is str else parse_yaml(text, f"{key.path}={text}")
@@ -133,6 +136,7 @@ def _in_range(value: float, key: Key) -> bool:
         and (key.above is None or value > key.above)
         and (key.at_least is None or value >= key.at_least)
         and (key.below is None or value < key.below)
+        and (key.at_most is None or value <= key.at_most)
     )
 
 
@@ -144,6 +148,8 @@ def _wrong_value(key: Key, item: Assignment) -> UserError:
 
 def _add(extra: dict[str, Any], item: Assignment) -> None:
     """Put a setting the schema lacks into `extra`, nested by its dots."""
+    if item.value == "" and not item.origin:
+        raise UserError(f"'+{item.path}=' has no value. Expected +{item.path}=VALUE.")
     *folders, last = item.path.split(".")
     if not all((*folders, last)):
         raise UserError(f"Cannot add '{item.path}'. Expected +section.key=value with a name between the dots.")

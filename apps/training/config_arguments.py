@@ -26,8 +26,6 @@ def read_arguments(argv: Sequence[str], schema: type) -> list[Assignment]:
         path, equals, value = argument.partition("=")
         if not equals or path.startswith("-"):
             raise UserError(_not_an_assignment(argument, schema))
-        if not value:
-            raise UserError(f"'{argument}' has no value. Expected {path}=VALUE, or {path}=null to unset it.")
         added = path.startswith("+")
         item = Assignment(_full_path(path.removeprefix("+"), schema), value, added=added)
         if item.path in line:

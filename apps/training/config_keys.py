@@ -40,6 +40,8 @@ class Key:
     above: float | None = None
     at_least: float | None = None
     below: float | None = None
+    at_most: float | None = None
+    allow_empty: bool = False
 
     @property
     def optional(self) -> bool:
@@ -70,9 +72,12 @@ class Key:
     @property
     def expected(self) -> str:
         """Type and range: `int, at least 1`."""
-        bounds = {"above": self.above, "at least": self.at_least, "below": self.below}
+        bounds = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
         parts = [self.type_name, *(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)]
         return ", ".join(parts) + (" or null" if self.optional else "")
+
+
+KEY_METADATA = {field.name for field in dataclasses.fields(Key)} - {"path", "type", "default"}
 
 
 def keys_of(schema: type, plugins: Mapping[str, str] | None = None, prefix: str = "") -> dict[str, Key]:
@@ -94,8 +99,8 @@ def _walk(schema: type, plugins: Mapping[str, str], prefix: str) -> Iterator[Key
             yield from _walk(plugin_config(field.metadata["plugin"], name), plugins, prefix)
         elif not field.metadata.get("free"):
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            bounds = {name: field.metadata.get(name) for name in ("help", "above", "at_least", "below")}
-            yield Key(path, annotations[field.name], default, bounds.pop("help") or "", **bounds)
+            known = {name: field.metadata[name] for name in KEY_METADATA if name in field.metadata}
+            yield Key(path, annotations[field.name], default, **known)
 
 
 def plugin_packages(schema: type) -> dict[str, str]:

@@ -22,10 +22,16 @@ def setting(
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
+    allow_empty: bool = False,
 ) -> Any:
-    """A dataclass field with its line of help and the range a value has to lie in."""
-    bounds = {"above": above, "at_least": at_least, "below": below}
-    return field(default=default, default_factory=factory, metadata={"help": help, **bounds})
+    """A dataclass field with its line of help and the range a value has to lie in.
+
+    `key=` with nothing behind it is a mistake (a shell variable that is not set) unless `allow_empty`.
+    """
+    limits = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
+    metadata = {"help": help, "allow_empty": allow_empty, **limits}
+    return field(default=default, default_factory=factory, metadata=metadata)
 
 
 def plugin(package: str) -> Any:
