@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from backends.errors import UserError
 
@@ -59,8 +60,9 @@ def save_model(
     new = target.parent / f".tmp-{secrets.token_hex(4)}-{target.name}"
     try:
         new.mkdir(parents=True)
-        _write_model(model, new, max_shard_size)
         _write_tokenizer(tokenizer, new)
+        _write_configs(model, new)
+        _write_weights(model, new, max_shard_size)
         _flush(new)
         _exchange(new, target)
         _sync(target.parent)
@@ -73,14 +75,38 @@ def save_model(
     return target
 
 
-def _write_model(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
-    """config.json, generation_config.json and the weights, in one file or in shards with their index."""
-    weights = _distinct_weights(model)
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = model.dtype
-    model.config.save_pretrained(folder)
+def _write_configs(model: PreTrainedModel, folder: Path) -> None:
+    """config.json and generation_config.json, which name the end-of-text token of the tokenizer in `folder`."""
+    config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        _follow_tokenizer(config, generation, folder)
+    config.save_pretrained(folder)
     # Not save_pretrained: it refuses some published configs (a temperature without do_sample), after hours of training.
-    model.generation_config.to_json_file(folder / "generation_config.json")
+    generation.to_json_file(folder / "generation_config.json")
+
+
+def _follow_tokenizer(config: Any, generation: GenerationConfig, folder: Path) -> None:
+    """Name the tokenizer's end of text: that of a named config trained with another tokenizer would be wrong."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # each kind of tokenizer fails in its own way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"The tokenizer cannot be loaded: {reason}. Expected a Hugging Face tokenizer folder."
+        ) from error
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id in ends:
+        return
+    for settings in (config, generation):
+        settings.eos_token_id, settings.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _write_weights(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
+    """The weights, in one file or in shards with their index."""
+    weights = _distinct_weights(model)
     split = split_torch_state_dict_into_shards(
         weights, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )

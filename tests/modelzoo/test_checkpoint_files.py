@@ -33,7 +33,7 @@ def test_every_layout_lists_the_same_tensors(tmp_path: Path, layout: str) -> Non
         assert stored[name].shape == tuple(tensor.shape)
         assert stored[name].dtype == torch.float32
         assert torch.equal(stored[name].read(), tensor)
-    assert len({tensor.file for tensor in stored.values()}) == (6 if "sharded" in layout else 1)
+    assert len({tensor.file for tensor in stored.values()}) == (5 if "sharded" in layout else 1)
 
 
 def test_safetensors_are_preferred_to_bin_as_transformers_does(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_folder_without_weights(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path, layout: str) -> None:
     shard = sorted(checkpoint(tmp_path, layout).glob("*-00002-of-*"))[0]
     shard.unlink()
-    assert re.search(rf"names 6 files, of which 1 are not in the folder: {re.escape(shard.name)}\.", message(tmp_path))
+    assert re.search(rf"names 5 files, of which 1 are not in the folder: {re.escape(shard.name)}\.", message(tmp_path))
 
 
 @pytest.mark.parametrize("layout", ["single safetensors", "single bin", "bin of old torch"])
@@ -92,6 +92,6 @@ def test_an_index_that_is_none(tmp_path: Path, content: str) -> None:
 def test_an_index_of_another_checkpoint(tmp_path: Path) -> None:
     index = checkpoint(tmp_path, "sharded safetensors") / "model.safetensors.index.json"
     values = json.loads(index.read_text())
-    values["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00001-of-00006.safetensors"
+    values["weight_map"]["model.layers.9.mlp.up_proj.weight"] = "model-00001-of-00005.safetensors"
     index.write_text(json.dumps(values))
-    assert "do not hold: model.layers.9.mlp.up_proj.weight (in model-00001-of-00006.safetensors)" in message(tmp_path)
+    assert "do not hold: model.layers.9.mlp.up_proj.weight (in model-00001-of-00005.safetensors)" in message(tmp_path)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from backends.errors import UserError
 from modelzoo import checkpoint_writing, save_model
@@ -78,13 +79,27 @@ def test_transformers_own_save_pretrained_writes_the_same_layout(tmp_path: Path)
 def test_the_tokenizer_is_copied(tmp_path: Path) -> None:
     source = tmp_path / "tokenizer"
     source.mkdir()
-    (source / "tokenizer.json").write_text("{}")
+    backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(source)
     (source / "chat_template.jinja").write_text("hello")
     (source / "notes.txt").write_text("not the tokenizer's")
     out = save_model(twins(llama_config())[1], tmp_path / "out", source)
     assert (out / "chat_template.jinja").read_text() == "hello"
     assert (out / "tokenizer.json").is_file()
     assert not (out / "notes.txt").exists()
+
+
+def test_the_end_of_text_is_that_of_the_tokenizer(tmp_path: Path) -> None:
+    for eos in (5, 9):
+        backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(20)}, unk_token="w0"))
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=f"w{eos}").save_pretrained(tmp_path / str(eos))
+    _, ours = twins(llama_config(eos_token_id=[3, 5]))
+    fitting = save_model(ours, tmp_path / "fitting", tmp_path / "5")
+    assert json.loads((fitting / "config.json").read_text())["eos_token_id"] == [3, 5]
+    other = save_model(ours, tmp_path / "other", tmp_path / "9")
+    assert json.loads((other / "config.json").read_text())["eos_token_id"] == 9
+    assert json.loads((other / "generation_config.json").read_text())["eos_token_id"] == 9
+    assert ours.config.eos_token_id == [3, 5]
 
 
 def test_a_folder_without_tokenizer_is_refused_and_nothing_written(tmp_path: Path) -> None:
