@@ -46,8 +46,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"'{path}' is a file, but a folder is to be written there. Remove it or name another folder.")
-    if not overwrite and is_filled(target):
-        raise UserError(f"The folder '{path}' is not empty. Name another folder, or allow overwriting it.")
+    if not overwrite:
+        _refuse_filled(target)
     with _written_beside(target) as temporary:
         temporary.mkdir()
         yield temporary
@@ -55,6 +55,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             for name in names:
                 _sync(Path(folder, name))
             _sync(Path(folder))
+        if not overwrite:
+            _refuse_filled(target)  # somebody else may have been quicker
         _exchange(temporary, target)
         _sync(target.parent)
 
@@ -62,6 +64,11 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 def is_filled(folder: Path) -> bool:
     """Whether `folder` exists and holds anything."""
     return folder.is_dir() and any(folder.iterdir())
+
+
+def _refuse_filled(folder: Path) -> None:
+    if is_filled(folder):
+        raise UserError(f"The folder '{folder}' is not empty. Name another folder, or allow overwriting it.")
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str, num_files: int, max_seq_length: int) -> None:
         import h5py
 
-        self.folder, self.split, self.num_rows = folder, split, 0
+        self.folder, self.split, self.num_rows, self.num_files = folder, split, 0, num_files
         self._chunk_rows = max(1, CHUNK_TOKENS // max_seq_length)
         self._parts = [folder / f".{split}-{number}" for number in range(num_files)]
         self._files = [h5py.File(path, "w") for path in self._parts]
@@ -67,7 +67,7 @@ class SplitWriter:
         for number, file in enumerate(self._files):
             self._flush(number, whole_chunks=False)
             file.close()
-        used = min(self.num_rows, len(self._parts))
+        used = self.num_files = min(self.num_rows, len(self._parts))
         for part in self._parts[used:]:
             part.unlink(missing_ok=True)
         names = [self.folder / f"{self.split}_{number + 1}_of_{used}.hdf5" for number in range(used)]

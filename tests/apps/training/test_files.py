@@ -58,6 +58,19 @@ def test_filled_folder_is_refused_before_the_block_runs(tmp_path):
     assert names(tmp_path) == {"kept"}
 
 
+def test_of_two_writers_of_one_folder_the_first_wins(tmp_path):
+    def write(name, meanwhile=None):
+        with atomic_folder(tmp_path / "out") as temporary:
+            (temporary / "x").write_text(name)
+            if meanwhile is not None:
+                meanwhile()
+
+    with pytest.raises(UserError, match="is not empty"):
+        write("second", meanwhile=lambda: write("first"))
+    assert (tmp_path / "out" / "x").read_text() == "first"
+    assert names(tmp_path) == {"out"}
+
+
 def test_overwriting_exchanges_the_whole_folder_or_nothing(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
