@@ -108,10 +108,12 @@ def route(
 
     Plain linears change their class and keep everything else: weights, names, hooks, ties. Works on meta and fake
     tensors. A UserError leaves the model as it was. `sequence_length` only weighs attention in the table; by default
-    it is the `max_seq_length` of the model's config.
+    it is the `max_seq_length` or `max_position_embeddings` of the model's config.
     """
     if sequence_length is None:
-        sequence_length = getattr(getattr(model, "config", None), "max_seq_length", 0)
+        config = getattr(model, "config", None)
+        lengths = (getattr(config, name, None) for name in ("max_seq_length", "max_position_embeddings"))
+        sequence_length = next((length for length in lengths if length), 0)
     planned = plan(layers_of(model, sequence_length), rules, default)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):

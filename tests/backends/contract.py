@@ -1,12 +1,16 @@
 """What the contract is tested on: the backends, and operands for their functions."""
 
+import os
+
 import torch
 from torch import Tensor
 
 import backends
 from backends.base import Backend, StateSpec
 
-NAMES = [*backends.available(), "tests.backends.stateful_backend:ScaledBackend"]
+# A backend from outside is tested as docs/own-backend.md says: SUBSTRATE_BACKENDS=package.module:Class
+OUTSIDE = os.environ.get("SUBSTRATE_BACKENDS", "").split()
+NAMES = OUTSIDE or [*backends.available(), "tests.backends.stateful_backend:ScaledBackend"]
 IN, OUT, HEADS, GROUPS, HEAD_DIM, LENGTH = 6, 10, 4, 2, 8, 5
 
 

@@ -1,6 +1,7 @@
 import copy
 import pickle
 from fnmatch import fnmatchcase
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,16 @@ def test_layer_infos_count_parameters_and_the_flops_of_the_products():
     attention = LAYERS["layers.0.self_attn"]
     # A token attends 8 of 16 tokens on average; two products of 2 heads × 4, two operations a multiply-add.
     assert attention.flops_per_token == 2 * 2 * 8 * (2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [({"max_seq_length": 16, "max_position_embeddings": 64}, 16), ({"max_position_embeddings": 64}, 64), ({}, 0)],
+)
+def test_route_weighs_attention_by_the_length_the_models_config_gives(config, length):
+    model = TinyTransformer()
+    model.config = SimpleNamespace(**config)
+    assert route(model).layers["layers.0.self_attn"].flops_per_token == 2 * length * 8
 
 
 # ---- route: in place -------------------------------------------------------------------------------------------
