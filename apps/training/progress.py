@@ -53,14 +53,14 @@ class Progress:
 
     def write(self, line: str, stream: TextIO | None = None) -> None:
         """Print `line` (to stdout) without tearing the live line."""
-        self._clear()
+        self.clear()
         print(line, file=sys.stdout if stream is None else stream, flush=True)
 
     def close(self) -> None:
         """Take the live line down; a line that was worth showing is left as the last word."""
         now = self.clock()
         worth_showing = now - self.started >= (1.0 if self.live else PLAIN_INTERVAL)
-        self._clear()
+        self.clear()
         if worth_showing and not self.silent:
             print(self._line(now, finished=True), file=self.stream, flush=True)
         self.silent = True
@@ -87,7 +87,8 @@ class Progress:
             self.stream.write(line + "\n")
         self.stream.flush()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Take the live line down until the next update, so that something else may use the line."""
         if self.line_is_up:
             self.stream.write(CLEAR)
             self.stream.flush()

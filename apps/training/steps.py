@@ -16,7 +16,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepCount:
     """`total` optimizer steps, `steps_per_epoch` of them in an epoch (the last epoch may be cut short)."""
 
     steps_per_epoch: int
@@ -33,6 +33,6 @@ class StepPlan:
         return Position(before + 1, self.num_epochs, inside + 1, steps)
 
 
-def plan_steps(steps_per_epoch: int, *, num_epochs: int, max_steps: int | None) -> StepPlan:
+def count_steps(steps_per_epoch: int, *, num_epochs: int, max_steps: int | None) -> StepCount:
     """`max_steps` steps, through as many epochs as they take, or else `num_epochs` whole epochs."""
-    return StepPlan(steps_per_epoch, num_epochs * steps_per_epoch if max_steps is None else max_steps)
+    return StepCount(steps_per_epoch, num_epochs * steps_per_epoch if max_steps is None else max_steps)

@@ -31,12 +31,23 @@ def evaluation_line(evaluation: Evaluation) -> str:
     return f"Evaluation loss: {evaluation.loss:.4f}, Perplexity: {evaluation.perplexity:.4f}"
 
 
-def live_fields(record: StepRecord, flops_per_second: float, peak: float | None) -> dict[str, str]:
+def unigram_line(entropy: float) -> str:
+    """What to compare the loss with: a model that knows how often each token comes, and nothing else."""
+    return f"Unigram entropy of the dataset: {entropy:.4f}"
+
+
+def settings_text(name: str, settings: object) -> str:
+    """A plugin with its settings: `adamw (lr 0.0003, weight_decay 0.1)`."""
+    values = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in vars(settings).items()
+    )
+    return f"{name} ({values})" if values else name
+
+
+def live_fields(record: StepRecord, utilisation: float | None) -> dict[str, str]:
     """What the progress line shows beside the ETA; MFU only where the device's peak is known."""
     fields = {"loss": f"{record.loss:.4f}", "lr": f"{record.lr:.3g}", "tokens/s": short(record.tokens_per_second)}
-    if peak is not None:
-        fields["MFU"] = f"{flops_per_second / peak:.1%}"
-    return fields
+    return fields if utilisation is None else fields | {"MFU": f"{utilisation:.1%}"}
 
 
 def short(number: float) -> str:

@@ -14,7 +14,8 @@ from apps.training.files import atomic_path
 from apps.training.reporting.records import StepRecord
 from backends.errors import UserError
 
-RUN_FILES = ("config.yaml", "per_step_metrics.csv", "summary.txt", "loss.png", "report.html")
+METRICS = "per_step_metrics.csv"
+RUN_FILES = ("config.yaml", METRICS, "summary.txt", "loss.png", "report.html")
 CHECKPOINT_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*")
 COLUMNS = (
     "Tokens in Step",
@@ -77,7 +78,7 @@ class MetricsFile:
             (
                 record.num_tokens,
                 record.loss,
-                record.lr,
+                float(f"{record.lr:.10g}"),
                 round(record.seconds, 6),
                 record.step,
                 record.epoch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from apps.training.reporting.records import Evaluation, StepRecord
@@ -19,7 +19,7 @@ body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 sys
 main { max-width: 860px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 36px 0 10px; }
 .sub { color: var(--soft); margin: 0 0 22px; overflow-wrap: anywhere; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 10px; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 10px; }
 .fact, .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 12px 16px; }
 .fact b { display: block; font-size: 21px; font-variant-numeric: tabular-nums; }
 .fact span { color: var(--soft); font-size: 13px; }
@@ -50,8 +50,7 @@ class Report:
     settings: str
     routed_table: str
     sample: tuple[str, str] | None = None
-    unigram_entropy: float | None = None
-    notes: Sequence[str] = field(default_factory=tuple)
+    unigram_entropy: float | None = None  # nats a token: what a model knowing only frequencies reaches
 
 
 def render(report: Report) -> str:
@@ -63,7 +62,6 @@ def render(report: Report) -> str:
     body = [
         f"<h1>{escape(report.title)}</h1>",
         f'<p class="sub">{escape(report.subtitle)}</p>',
-        *(f'<p class="sub">{escape(note)}</p>' for note in report.notes),
         f'<div class="facts">{tiles}</div>',
         *_charts(report),
         *_sample(report),

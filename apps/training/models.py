@@ -1,0 +1,37 @@
+"""The model with its weights: a checkpoint's, or random ones from the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import modelzoo
+from apps.training.config_schema import TrainConfig
+from apps.training.progress import Progress
+from backends.routing import route
+
+
+def load_weights(config: TrainConfig, model_config: Any, device: torch.device) -> Any:
+    """The model of `model_config` on `device`, every layer given its backend. Raises UserError for a bad checkpoint."""
+    folder = config.checkpoint.model_name_or_path
+    if folder is None:
+        model = modelzoo.build_model(model_config, device=device, dtype=config.model.dtype, seed=config.training.seed)
+    else:
+        with Progress(None, f"Loading {folder}", "bytes", mode=config.logging.progress) as progress:
+            model = modelzoo.load_model(
+                folder, model_config, device=device, dtype=config.model.dtype, progress=_moves(progress)
+            )
+    route(model, config.backend.rules, config.backend.default)
+    return model
+
+
+def _moves(progress: Progress) -> Callable[[int, int], None]:
+    """A callback (done, total) that moves `progress` on."""
+
+    def show(done: int, total: int) -> None:
+        progress.total = total
+        progress.update(done - progress.done)
+
+    return show

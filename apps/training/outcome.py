@@ -1,0 +1,92 @@
+"""What a run leaves: checkpoint, summary, picture and report page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import modelzoo
+from apps.training.config import to_yaml
+from apps.training.config_schema import TrainConfig
+from apps.training.data.storage import Dataset
+from apps.training.files import atomic_path
+from apps.training.reporting import page
+from apps.training.reporting.lines import unigram_line
+from apps.training.reporting.loss_plot import write_loss_plot
+from apps.training.reporting.records import Evaluation, StepRecord
+from apps.training.reporting.summary import headline, summary_text
+from apps.training.sampling import sample_text
+
+
+@dataclass
+class Outcome:
+    """The numbers of a run, as they come in."""
+
+    title: str
+    overview: str
+    routed_table: str
+    num_parameters: int
+    flops_per_step: float
+    peak: float | None  # of the device, in FLOP/s, where it is known
+    steps: list[StepRecord] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    def utilisation(self, record: StepRecord) -> float | None:
+        """Model FLOPs utilisation of a step: the share of the device's peak the model's own arithmetic took."""
+        return None if self.peak is None else self.flops_per_step / record.seconds / self.peak
+
+    @property
+    def last_evaluation(self) -> Evaluation | None:
+        """The evaluation of the final weights, if they were evaluated."""
+        at_the_end = self.evaluations and self.steps and self.evaluations[-1].step == self.steps[-1].step
+        return self.evaluations[-1] if at_the_end else None
+
+
+def save_outcome(
+    output: Path, outcome: Outcome, model: Any, dataset: Dataset, config: TrainConfig, *, sample: bool
+) -> None:
+    """Write everything into `output`, the checkpoint first, and say where it lies. `sample`: a text of its own too."""
+    modelzoo.save_model(model, output, tokenizer=dataset.tokenizer_folder)
+    print(f"Checkpoint saved at {output}/")
+
+    entropy = dataset.dev_unigram_cross_entropy or dataset.unigram_entropy
+    if entropy is not None:
+        print(unigram_line(entropy))
+    text = None
+    if sample and dataset.tokenizer_folder is not None:
+        text = sample_text(
+            model,
+            dataset.tokenizer_folder,
+            prompt=config.logging.sample_prompt,
+            rows=dataset.dev or dataset.train,
+            seed=config.training.seed,
+        )
+    parameters = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    summary = summary_text(outcome.overview, outcome.steps, outcome.last_evaluation, entropy, parameters)
+    _write(output / "summary.txt", summary)
+    print(f"Summary saved at {output}/summary.txt")
+    print(f"Metrics saved at {output}/per_step_metrics.csv")
+
+    write_loss_plot(
+        output / "loss.png", outcome.steps, outcome.evaluations, title=outcome.title, unigram_entropy=entropy
+    )
+    report = page.Report(
+        title=outcome.title,
+        subtitle=str(output),
+        facts=headline(outcome.steps, outcome.last_evaluation, entropy, outcome.num_parameters),
+        steps=outcome.steps,
+        evaluations=outcome.evaluations,
+        settings=to_yaml(config),
+        routed_table=outcome.routed_table,
+        sample=text,
+        unigram_entropy=entropy,
+    )
+    _write(output / "report.html", page.render(report))
+    print(f"Report saved at {output}/report.html")
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

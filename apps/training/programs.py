@@ -1,0 +1,74 @@
+"""What runs the step: a compiled artifact that fits this run, or the eager twin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from apps.training.config_schema import TrainConfig
+from apps.training.eager_program import EagerProgram
+from apps.training.memory import MemoryEstimate, eager_activations, estimate
+from apps.training.step_plan import StepPlan, compile_command
+from apps.training.trainer import Program
+from backends.errors import UserError
+from backends.precision import BITS, as_torch
+from compiled.artifact import Artifact, Nearest, find, open_artifact
+from compiled.spec import difference_table
+
+
+def require_artifact(config: TrainConfig, plan: StepPlan) -> Artifact | None:
+    """The artifact of `run.artifact`, or the one in `compile.output_dir` that fits; None for `compile.target=eager`.
+
+    UserError when there is none or it was made for another step: the fields that differ, and the command to compile it.
+    """
+    if config.compile.target == "eager":
+        return None
+    command = compile_command(config)
+    if config.run.artifact is not None:
+        artifact = open_artifact(Path(config.run.artifact))
+        artifact.require(plan.spec, command)
+        return artifact
+    folder = Path(config.compile.output_dir)
+    found = find(folder, plan.spec)
+    if isinstance(found, Artifact):
+        return found
+    if isinstance(found, Nearest):
+        raise UserError(
+            f"No artifact in '{folder}' fits this run. Compile one: {command}\n"
+            f"The nearest, {found.artifact.path}, differs in:\n{difference_table(found.differences)}"
+        )
+    raise UserError(f"There is no artifact in '{folder}'. Compile one: {command}")
+
+
+def make_program(config: TrainConfig, plan: StepPlan, artifact: Artifact | None, model: Any) -> Program:
+    """The program that trains `model` in place."""
+    precision = plan.precision
+    if artifact is None:
+        return EagerProgram(model, optimizer=config.optimizer.name, precision=precision)
+    from compiled.program import CompiledProgram
+
+    master = None if precision.master == "none" else as_torch(precision.master)
+    return CompiledProgram(artifact, model, moments_dtype=as_torch(precision.moments), master_dtype=master)
+
+
+def run_memory(config: TrainConfig, plan: StepPlan, artifact: Artifact | None) -> MemoryEstimate:
+    """What the run will hold at its peak."""
+    precision = plan.precision
+    if artifact is None:
+        activations = eager_activations(
+            plan.model_config,
+            precision,
+            batch_size=config.training.batch_size,
+            seq_length=config.model.max_seq_length,
+        )
+    else:
+        cost = artifact.manifest["cost"]
+        activations = cost["activation_bytes"] + cost["head_bytes"]
+    several = config.training.gradient_accumulation_steps > 1
+    return estimate(
+        sum(parameter.numel() for parameter in plan.model.parameters()),
+        precision,
+        state_tensors=len(plan.optimizer.state_names),
+        activations=activations,
+        wide_gradients=several or (artifact is None and BITS[precision.parameters] < BITS["float32"]),
+    )

@@ -1,0 +1,77 @@
+"""summary.txt and the figures that sum a run up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apps.training.progress import clock_time
+from apps.training.reporting.lines import evaluation_line, short, unigram_line
+from apps.training.reporting.records import Evaluation, StepRecord
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The steps of a run together. Time is the steps' own: evaluation and saving are not in it."""
+
+    tokens: int
+    seconds: float
+    steps: int
+
+    @classmethod
+    def of(cls, records: Sequence[StepRecord]) -> Totals:
+        return cls(sum(r.num_tokens for r in records), sum(r.seconds for r in records), len(records))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / self.steps if self.steps else 0.0
+
+
+def summary_text(
+    overview: str,
+    records: Sequence[StepRecord],
+    evaluation: Evaluation | None,
+    unigram_entropy: float | None,
+    model_parameters: Mapping[str, Any],
+) -> str:
+    """The overview block, totals, losses, and the model's parameters (its config) as JSON."""
+    totals = Totals.of(records)
+    lines = [
+        overview,
+        f"Total tokens seen: {totals.tokens}",
+        f"Tokens per second: {totals.tokens_per_second:.2f}",
+        f"Average time per step: {totals.seconds_per_step:.6f}",
+    ]
+    if records:
+        lines.append(f"Last training loss: {records[-1].loss:.4f}")
+    if evaluation is not None:
+        lines.append(evaluation_line(evaluation))
+    if unigram_entropy is not None:
+        lines.append(unigram_line(unigram_entropy))
+    return "\n".join([*lines, "", "Model parameters:", json.dumps(model_parameters, indent=2), ""])
+
+
+def headline(
+    records: Sequence[StepRecord], evaluation: Evaluation | None, unigram_entropy: float | None, num_parameters: int
+) -> dict[str, str]:
+    """The tiles at the top of the report."""
+    totals = Totals.of(records)
+    facts: dict[str, str] = {}
+    if evaluation is not None:
+        facts |= {"evaluation loss": f"{evaluation.loss:.3f}", "perplexity": f"{evaluation.perplexity:.4g}"}
+    if unigram_entropy is not None:
+        facts["unigram entropy"] = f"{unigram_entropy:.3f}"
+    if records:
+        facts["last training loss"] = f"{records[-1].loss:.3f}"
+    return facts | {
+        "tokens seen": short(totals.tokens),
+        "tokens per second": short(totals.tokens_per_second),
+        "training time": clock_time(totals.seconds),
+        "parameters": short(num_parameters),
+    }

@@ -1,0 +1,222 @@
+"""The training loop and the evaluation, over any program: compiled or eager, on any device.
+
+A program updates the model in place and gives its loss as a tensor on the device. On a GPU that tensor is read one step
+late: while the host waits for the loss of step n, step n+1 is already queued, so the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from apps.training.config_schema import OptimizerConfig, ScheduleConfig
+from apps.training.data.packing import Rows
+from apps.training.hyperparameters import hyperparameter_table
+from apps.training.loss import Batch, make_batch, microbatches
+from apps.training.optimizers import Optimizer
+from apps.training.optimizers import load as load_optimizer
+from apps.training.reporting.records import Evaluation, StepRecord
+from apps.training.schedules import load as load_schedule
+from apps.training.steps import StepCount
+from backends.precision import PrecisionPolicy, as_torch, at_least_float32
+
+
+class StepResult(Protocol):
+    """0-d tensors on the device; `grad_norm` is None when gradients are not clipped."""
+
+    @property
+    def loss(self) -> Tensor: ...
+    @property
+    def grad_norm(self) -> Tensor | None: ...
+
+
+class Program(Protocol):
+    """A train step over a model it updates in place. `compiled.program` and `eager_program` have one each."""
+
+    def train_step(
+        self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
+    ) -> StepResult: ...
+    def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor: ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a step is NaN or infinite: the weights are spoilt, and going on cannot mend them."""
+
+    def __init__(self, record: StepRecord) -> None:
+        super().__init__(
+            f"The loss of step {record.step} is {record.loss} at learning rate {record.lr:.4g}; it was not saved. "
+            "Lower optimizer.lr, raise schedule.warmup_steps, or set training.max_grad_norm."
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are updated: the optimizer with its settings, the rate of each step, and clipping."""
+
+    optimizer: type[Optimizer]
+    settings: Any
+    learning_rate: Callable[[int], float]
+    max_grad_norm: float | None
+
+
+def make_recipe(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, *, total_steps: int, max_grad_norm: float | None
+) -> Recipe:
+    """The recipe that the settings name. The schedule's peak is the optimizer's `lr`."""
+    rate = load_schedule(schedule.name).learning_rate
+    peak = optimizer.settings.lr
+    return Recipe(
+        optimizer=load_optimizer(optimizer.name),
+        settings=optimizer.settings,
+        learning_rate=lambda step: rate(step, total_steps, peak, schedule.settings),
+        max_grad_norm=max_grad_norm,
+    )
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Steps and evaluations of one run.
+
+    `parameters` are the model's, in order; a step takes `accumulation` microbatches.
+    """
+
+    program: Program
+    parameters: Sequence[Tensor]
+    recipe: Recipe
+    count: StepCount
+    accumulation: int
+    device: torch.device
+    precision: PrecisionPolicy
+    article_attention: bool
+
+    @cached_property
+    def loss_dtype(self) -> torch.dtype:
+        """The dtype of logits and loss, and so of grad_scale."""
+        return as_torch(self.precision.logits)
+
+    @cached_property
+    def update_dtype(self) -> torch.dtype:
+        """The dtype of the update's arithmetic, and so of its numbers: the masters', or at least float32."""
+        master = self.precision.master
+        return as_torch(at_least_float32(self.precision.parameters) if master == "none" else master)
+
+    def steps(
+        self, rows: Iterable[Rows], *, pause_after: Callable[[int], bool], should_stop: Callable[[], bool]
+    ) -> Iterator[StepRecord]:
+        """Run the steps and yield each one's record.
+
+        After a step for which `pause_after(step)` is true, its record is yielded before the next step is queued: the
+        model is then exactly at that step, and the time until the generator is resumed counts for no step. Ends early,
+        after a whole step, when `should_stop()` says so. Raises NonFiniteLoss.
+        """
+        supply = iter(rows)
+        waiting: list[_Queued] = []
+        begin = time.perf_counter()
+        for step in range(1, self.count.total + 1):
+            waiting.append(self._queue(step, supply))
+            settle = self.device.type == "cpu" or step == self.count.total or pause_after(step) or should_stop()
+            while len(waiting) > (0 if settle else 1):
+                record = waiting.pop(0).record(begin)
+                begin = time.perf_counter()
+                yield record
+            if pause_after(step):
+                begin = time.perf_counter()
+            if settle and should_stop():
+                return
+
+    def evaluate(
+        self, rows: Iterable[Rows], step: int, on_batch: Callable[[], None], *, should_stop: Callable[[], bool]
+    ) -> Evaluation | None:
+        """Mean loss over every counted position of `rows`, each once; None when `should_stop` said so on the way."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        counted = 0
+        for each in rows:
+            if should_stop():
+                return None
+            batch = make_batch(each, article_attention=self.article_attention)
+            (tensors,) = microbatches([batch], device=self.device, dtype=self.loss_dtype)
+            total += self.program.evaluate(tensors).double() * batch.num_counted
+            counted += batch.num_counted
+            on_batch()
+        return Evaluation(step=step, loss=total.item() / max(counted, 1), num_counted=counted)
+
+    def _queue(self, step: int, supply: Iterator[Rows]) -> _Queued:
+        """Hand one optimizer step to the device."""
+        batches = [
+            make_batch(rows, article_attention=self.article_attention) for rows in islice(supply, self.accumulation)
+        ]
+        lr = self.recipe.learning_rate(step)
+        table = hyperparameter_table(
+            self.parameters, self.recipe.optimizer, self.recipe.settings, step=step, lr=lr, dtype=self.update_dtype
+        )
+        result = self.program.train_step(
+            microbatches(batches, device=self.device, dtype=self.loss_dtype),
+            _to_device(table, self.device),
+            self.recipe.max_grad_norm,
+        )
+        scalars = [result.loss] if result.grad_norm is None else [result.loss, result.grad_norm]
+        return _Queued(step, self.count.position(step).epoch, lr, batches, _HostCopy(scalars))
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A step the device has been given, whose numbers may not be there yet."""
+
+    step: int
+    epoch: int
+    lr: float
+    batches: Sequence[Batch]
+    scalars: _HostCopy
+
+    def record(self, begin: float) -> StepRecord:
+        """Wait for the step's numbers; its time runs from `begin` to now."""
+        loss, *norm = self.scalars.read()
+        record = StepRecord(
+            step=self.step,
+            epoch=self.epoch,
+            loss=loss,
+            lr=self.lr,
+            num_tokens=sum(batch.num_tokens for batch in self.batches),
+            num_counted=sum(batch.num_counted for batch in self.batches),
+            seconds=time.perf_counter() - begin,
+            grad_norm=norm[0] if norm else None,
+        )
+        if not math.isfinite(loss):
+            raise NonFiniteLoss(record)
+        return record
+
+
+class _HostCopy:
+    """Scalars on their way from the device: copied right behind the work that makes them, ahead of any later work."""
+
+    def __init__(self, scalars: Sequence[Tensor]) -> None:
+        values = torch.stack([scalar.detach().double() for scalar in scalars])
+        self.done: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.done = torch.cuda.Event()
+            self.done.record()
+        else:
+            self.values = values
+
+    def read(self) -> list[float]:
+        """The numbers, once the device has made them."""
+        if self.done is not None:
+            self.done.synchronize()
+        numbers: list[float] = self.values.tolist()
+        return numbers
+
+
+def _to_device(table: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
