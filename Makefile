@@ -60,11 +60,10 @@ demo: $(INSTALLED)
 	$(PY) apps/generate_text.py checkpoint.model_name_or_path=$(DEMO)/run prompt="def read(self" max_new_tokens=48
 	@echo
 	@echo "Dataset    $(DEMO)/dataset"
-	@echo "Artifact   $$(ls $(DEMO)/artifacts/*)"
-	@echo "Model      $(DEMO)/run (opens in plain transformers)"
+	@echo "Artifact   $$(ls $(DEMO)/artifacts/*.substrate)"
+	@echo "Model      $(DEMO)/run, a folder that plain transformers opens"
 	@echo "Report     $(DEMO)/run/report.html"
-	@grep -h '^Evaluation loss' $(DEMO)/run/summary.txt
-	@grep -h 'unigram_entropy' $(DEMO)/dataset/metadata.yaml
+	@grep -E '^(Evaluation loss|Unigram entropy)' $(DEMO)/run/summary.txt
 
 test: $(INSTALLED_DEV)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -q
