@@ -109,7 +109,7 @@ def _json_lines(path: Path, style: Style) -> Iterator[Piece]:
             if line.isspace():
                 continue
             try:
-                record = json.loads(line)
+                record = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{path}:{number}: not JSON ({error.msg} at column {error.colno}). Mend the line."

@@ -93,8 +93,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
         "model_max_length": 10**30,  # what transformers writes for "no limit"
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    special = {name: config[name] for name in ("bos_token", "eos_token", "pad_token")}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
     return Tokenizer(backend, eos_id=0, pad_id=1, bos_id=None, vocab_size=backend.get_vocab_size())
 
 
