@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,18 +28,29 @@ def build_meta(config: Any, dtype: torch.dtype | str = torch.float32) -> Any:
 
 
 def build_model(
-    config: Any, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32, seed: int = 42
+    config: Any,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    seed: int = 42,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Any:
     """The model of a zoo config with random weights: normal with the config's initializer_range, as transformers does.
 
     Every parameter is drawn in float32 on the CPU from its own generator, which `seed` and the parameter's name decide:
     the numbers depend neither on the device, nor on how many there are, nor on other parameters; a model in another
-    dtype has the same weights, rounded. At most one parameter is held twice.
+    dtype has the same weights, rounded. At most one parameter is held twice. `progress(done, total)` is called with
+    numbers drawn.
     """
     model = build_meta(config, dtype)
-    for name, parameter in list(model.named_parameters()):
+    parameters = dict(model.named_parameters())
+    total, done = sum(parameter.numel() for parameter in parameters.values()), 0
+    for name, parameter in parameters.items():
         values = _initial_values(model, name, tuple(parameter.shape), seed)
         put_parameter(model, name, values.to(device=device, dtype=parameter.dtype))
+        done += parameter.numel()
+        if progress is not None:
+            progress(done, total)
     finish(model)
     return model
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backends.errors import UserError, did_you_mean, unknown
 from modelzoo import CONFIG_FOLDER, named_configs
-from modelzoo.configuration_transformer import ConfigurationTransformer
-from modelzoo.families import Family, discover
+
+if TYPE_CHECKING:
+    from modelzoo.families import Family
 
 
 def load_config(
@@ -25,6 +26,9 @@ def load_config(
         raise UserError("Please specify exactly one of checkpoint.config_name or checkpoint.model_name_or_path.")
     file = _config_file(config_name, model_name_or_path)
     values = _read_json(file)
+    # Only now: transformers takes seconds to import, and a misspelt name is told at once.
+    from modelzoo.configuration_transformer import ConfigurationTransformer
+
     family = _family_of(values, file)
     try:
         config = family.hf_config(**values)
@@ -64,6 +68,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _family_of(values: dict[str, Any], file: Path) -> Family:
+    from modelzoo.families import discover
+
     families = {family.hf_config.model_type: family for family in discover()}
     model_type = values.get("model_type")
     if model_type is None:

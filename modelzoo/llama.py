@@ -101,17 +101,18 @@ class ZooLlamaModel(ZooLlamaPreTrainedModel):
             mask = self.article_mask(article_ids)
         cos, sin = rotary_tables(self.config, position_ids, self.compute_dtype)
 
-        states = [hidden_states]
+        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        kept = []
         for index, layer in enumerate(self.layers):
+            if keep:
+                kept.append(hidden_states)
             update = None if past_key_values is None else partial(past_key_values.update, layer_idx=index)
             hidden_states = layer(hidden_states, cos, sin, mask, update)
-            states.append(hidden_states)
         hidden_states = self.norm(hidden_states)
-        keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            hidden_states=(*states[:-1], hidden_states) if keep else None,
+            hidden_states=(*kept, hidden_states) if keep else None,
         )
 
     @property

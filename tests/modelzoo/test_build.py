@@ -67,6 +67,14 @@ def test_weights_are_distributed_as_in_transformers(tied: bool) -> None:
     assert not ours.model.embed_tokens.weight[3].any()
 
 
+def test_progress_counts_every_number() -> None:
+    calls: list[tuple[int, int]] = []
+    model = build_model(zoo_config(), progress=lambda done, total: calls.append((done, total)))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert calls == sorted(calls)
+    assert calls[-1] == (count, count)
+
+
 def test_no_two_matrices_are_alike() -> None:
     weights = build_model(zoo_config(num_key_value_heads=4)).state_dict()
     square = [weight for weight in weights.values() if weight.shape == (32, 32)]

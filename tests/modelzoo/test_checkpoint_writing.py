@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from backends.errors import UserError
-from modelzoo import checkpoint_writing, save_model
-from tests.modelzoo.llamas import ROPES, llama_config, twins
+from modelzoo import checkpoint_writing, load_config, load_model, save_model
+from tests.modelzoo.llamas import ROPES, llama_config, llama_configs, twins
 
 PLAIN_TRANSFORMERS = """
 import sys, warnings
@@ -48,6 +51,21 @@ def test_plain_transformers_gives_the_same_logits_bit_for_bit_in_a_process_of_it
         logits, loaded_dtype = torch.load(tmp_path / name / "logits.pt")
         assert torch.equal(logits, expected[name]), name
         assert loaded_dtype == dtype
+
+
+@given(config=llama_configs(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+@settings(max_examples=15)
+def test_what_is_saved_is_what_is_loaded(config: LlamaConfig, dtype: torch.dtype) -> None:
+    theirs, ours = twins(config, dtype)
+    with TemporaryDirectory() as folder:
+        save_model(ours, folder)
+        plain = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
+        again = load_model(folder, load_config(model_name_or_path=folder))
+    for name, expected in theirs.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], expected)
+        assert torch.equal(again.state_dict()[name], expected)
+    kept = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "_name_or_path")}
+    assert {**plain.config.to_dict(), **kept} == plain.config.to_dict()
 
 
 def test_the_config_written_is_the_one_of_hugging_face(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """load_config finds named configs and folders, and says in one line what is wrong with others."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,15 @@ def test_exactly_one_source(given: dict[str, str]) -> None:
 def test_a_misspelt_name_is_recognised() -> None:
     with pytest.raises(UserError, match=r"'llama-2-7B-hf'.*Did you mean 'llama-2-7b'\? Available: clm-1\.1b, "):
         load_config(config_name="llama-2-7B-hf")
+
+
+def test_a_mistake_is_told_before_transformers_is_imported() -> None:
+    program = (
+        "import sys, modelzoo\ntry: modelzoo.load_config(config_name='lama')\n"
+        "except ValueError as error: assert 'Unknown model' in str(error)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_missing_folder_is_named() -> None:
