@@ -35,13 +35,13 @@ class GenerateSettings:
     """Continue a text with a trained model."""
 
     checkpoint: CheckpointSettings
-    prompt: str = setting(help="the text to continue")
+    prompt: str = setting(help="the text to continue; may be empty", allow_empty=True)
     max_new_tokens: int = setting(64, "stop after this many tokens, or at the end of the text", at_least=1)
     temperature: float | None = setting(
         None, "0: always the likeliest token; null: 0, or 1 with top_k/top_p", at_least=0
     )
     top_k: int | None = setting(None, "draw from the k likeliest tokens", at_least=1)
-    top_p: float | None = setting(None, "draw from the likeliest tokens of this total probability", above=0)
+    top_p: float | None = setting(None, "draw from the likeliest tokens of this total probability", above=0, at_most=1)
     seed: int = setting(42, "seed of the drawing", at_least=0)
     tokenizer: str | None = setting(None, "folder with the tokenizer; null: the model's")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is a GPU")
@@ -51,8 +51,6 @@ class GenerateSettings:
 def generate(argv: Sequence[str]) -> None:
     """Read the settings, load model and tokenizer, print the continuation."""
     settings = parse_dataclass(GenerateSettings, argv, program="generate_text.py")
-    if settings.top_p is not None and settings.top_p > 1:
-        raise UserError(f"Wrong value top_p={settings.top_p}. Expected a probability above 0, at most 1.")
     tokenizer, model = load(settings)
     started = time.monotonic()
     text, count = continue_text(model, tokenizer, settings)

@@ -113,6 +113,8 @@ def _write_weights(model: PreTrainedModel, folder: Path, max_shard_size: int | s
     for file, names in split.filename_to_tensors.items():
         shard = {name: weights[name].contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
+        # safetensors lets nobody else read its files; the other ones are as the user's umask says.
+        (folder / file).chmod((folder / "config.json").stat().st_mode)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

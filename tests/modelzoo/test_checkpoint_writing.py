@@ -120,6 +120,15 @@ def test_the_end_of_text_is_that_of_the_tokenizer(tmp_path: Path) -> None:
     assert ours.config.eos_token_id == [3, 5]
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        out = save_model(twins(llama_config())[1], tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+
+
 def test_a_folder_without_tokenizer_is_refused_and_nothing_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no tokenizer"):
         save_model(twins(llama_config())[1], tmp_path / "out", tmp_path)
