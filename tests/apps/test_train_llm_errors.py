@@ -1,0 +1,156 @@
+"""Bad input to `command=run`: one line that names what was given and the fix, exit code 2, nothing written."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from apps.train_llm import program
+from apps.training import memory
+from apps.training.cli import run_main
+
+SCRIPT = Path(__file__).resolve().parents[2] / "apps" / "train_llm.py"
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Start a run with changed settings in an empty folder; check that it is refused properly; return its error."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def start(one_line: bool = True, **changes: str | None) -> str:
+        changed = settings | {key.replace("__", "."): value for key, value in changes.items()}
+        before = snapshot(tmp_path)
+        capsys.readouterr()  # what making the input printed
+        code = run_main(program, [f"{key}={value}" for key, value in changed.items() if value is not None])
+        error = capsys.readouterr().err
+        assert code == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1 or not one_line
+        assert snapshot(tmp_path) == before
+        return error
+
+    return start
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_dataset_that_is_not_there(refused: Refused, tmp_path: Path) -> None:
+    assert "There is no dataset folder" in refused(training__dataset=str(tmp_path / "nowhere"))
+    assert "not a dataset folder" in refused(training__dataset=str(tmp_path / "here"))
+
+
+def test_a_dataset_for_another_sequence_length(refused: Refused) -> None:
+    error = refused(model__max_seq_length="64")
+    assert "This dataset (seq len 32) is not compatible with this model (seq len 64)" in error
+    assert "model.max_seq_length=32" in error
+
+
+def test_a_dataset_with_a_larger_vocabulary(refused: Refused, tmp_path: Path) -> None:
+    LlamaConfig(vocab_size=100, hidden_size=32, num_attention_heads=2, num_hidden_layers=1).save_pretrained(
+        tmp_path / "small"
+    )
+    error = refused(checkpoint__config_name=str(tmp_path / "small"))
+    assert "(vocabulary 300) is not compatible with this model (vocabulary 100)" in error
+
+
+def test_a_batch_larger_than_the_dataset(refused: Refused) -> None:
+    error = refused(training__batch_size="64", training__gradient_accumulation_steps="16")
+    assert "One step takes 1024 rows but the dataset" in error
+
+
+def test_evaluation_without_a_dev_split(refused: Refused, tiny_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_dataset, tmp_path / "data", ignore=shutil.ignore_patterns("dev_*"))
+    assert "training.evaluate=false" in refused(training__dataset=str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("harm", ["truncated", "foreign"])
+def test_damaged_data(refused: Refused, tiny_dataset: Path, tmp_path: Path, harm: str) -> None:
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    file = sorted((tmp_path / "data").glob("train_*"))[0]
+    if harm == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        with h5py.File(file, "w") as content:
+            content["something"] = [1, 2, 3]
+    assert file.name in refused(training__dataset=str(tmp_path / "data"))
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Path, tmp_path: Path) -> Path:
+    """A sharded Hugging Face checkpoint."""
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model))
+    model.save_pretrained(tmp_path / "model", max_shard_size="50KB")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("harm", ["missing", "corrupt"])
+def test_damaged_weights(refused: Refused, checkpoint: Path, harm: str) -> None:
+    shard = sorted(checkpoint.glob("model-*.safetensors"))[0]
+    if harm == "missing":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-7])
+    error = refused(checkpoint__config_name=None, checkpoint__model_name_or_path=str(checkpoint))
+    assert shard.name in error
+
+
+def test_weights_of_another_shape(refused: Refused, checkpoint: Path) -> None:
+    config = LlamaConfig.from_pretrained(checkpoint)
+    config.intermediate_size = 64
+    config.save_pretrained(checkpoint)
+    error = refused(one_line=False, checkpoint__config_name=None, checkpoint__model_name_or_path=str(checkpoint))
+    assert "mlp.gate_proj.weight" in error
+
+
+def test_an_output_folder_that_cannot_be_written(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "Cannot write training.output_dir" in refused(training__output_dir=str(tmp_path / "file" / "out"))
+
+
+def test_an_output_folder_that_holds_another_run(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.txt").touch()
+    assert "training.overwrite_output_dir=true" in refused()
+
+
+def test_a_model_that_does_not_fit_into_memory(refused: Refused) -> None:
+    error = refused(checkpoint__config_name="llama-2-70b")
+    assert "Not enough memory for this run: it needs about 1," in error
+    assert "Choose a smaller model" in error
+
+
+def test_a_batch_that_does_not_fit_into_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: 8 * 2**20)
+    assert "Lower training.batch_size" in refused(training__batch_size="64")
+
+
+def test_no_artifact_is_answered_with_the_command_that_makes_one(refused: Refused, tmp_path: Path) -> None:
+    error = refused(compile__target=None, compile__output_dir=str(tmp_path / "artifacts"))
+    assert "command=compile" in error
+    assert "model.max_seq_length=32 training.batch_size=4" in error
+
+
+def test_a_mistake_in_the_settings_is_answered_before_pytorch_is_imported(tmp_path: Path) -> None:
+    """A process of its own: the exit code, one line on stderr and no other word."""
+    code = (
+        "import sys, runpy; sys.argv = ['train_llm.py', 'command=run', 'optimizer.lr=fast']\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "finally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "optimizer.lr" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
