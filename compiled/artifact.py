@@ -1,7 +1,8 @@
 """The artifact: one file that holds a compiled train step. No weights, ever.
 
-A zip without compression: `manifest.json`, `regions/*` (machine code), `graphs/*.txt` (readable). The manifest lists the sha256 of
-every member, and the zip's comment that of the manifest, so that a truncated or altered file is refused before any of its code runs.
+A zip without compression: `manifest.json`, `regions/*` (machine code), `graphs/*.txt` (readable). The manifest lists
+the sha256 of every member, and the zip's comment that of the manifest, so that a truncated or altered file is refused
+before any of its code runs.
 """
 
 import hashlib
@@ -15,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from backends.errors import UserError
-
-from .regions import Region, RegionSpec
-from .spec import SCHEMA_VERSION, FieldDifference, StepSpec, difference, difference_table
+from compiled.regions import Region, RegionSpec
+from compiled.spec import SCHEMA_VERSION, FieldDifference, StepSpec, difference, difference_table
 
 SUFFIX = ".substrate"
 _COMPILE_AGAIN = "compile it again with command=compile."
@@ -42,17 +42,17 @@ class Artifact:
         return {name: RegionSpec.from_json(entry) for name, entry in self.manifest["regions"].items()}
 
     def require(self, spec: StepSpec, recompile: str) -> None:
-        """Refuse a run the artifact was not made for: `UserError` with the table of differing fields and the command to recompile."""
+        """Refuse a run the artifact was not made for: `UserError` with the differing fields and the command to type."""
         found = difference(self.spec, spec.to_json())
         if found:
             raise UserError(
-                f"Artifact {self.path} was compiled for another step; {len(found)} field(s) differ. Compile one for this run: {recompile}\n"
-                + difference_table(found)
+                f"Artifact {self.path} was compiled for another step: {len(found)} field(s) differ. "
+                f"Compile one for this run: {recompile}\n" + difference_table(found)
             )
 
     def load_regions(self) -> dict[str, Region]:
         """Machine code of every region, ready to run; nothing is compiled."""
-        from . import lowering
+        from compiled import lowering
 
         regions = {}
         with zipfile.ZipFile(self.path) as archive, tempfile.TemporaryDirectory(prefix="substrate-load-") as folder:
@@ -81,20 +81,28 @@ def pack(manifest: dict[str, Any], members: Iterable[tuple[str, bytes]]) -> byte
 def open_artifact(path: Path) -> Artifact:
     """Open and verify the file; `UserError` when it is missing, truncated, altered or no artifact."""
     if not path.is_file():
-        raise UserError(f"No artifact at '{path}'. Give run.artifact an existing {SUFFIX} file, or compile one with command=compile.")
+        raise UserError(
+            f"No artifact at '{path}'. Give an existing {SUFFIX} file, or compile one with command=compile."
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             text = archive.read("manifest.json")
             if hashlib.sha256(text).hexdigest().encode() != archive.comment:
-                raise UserError(f"Artifact {path} is altered: its manifest's sha256 is not the recorded one; {_COMPILE_AGAIN}")
+                raise UserError(
+                    f"Artifact {path} is altered: its manifest's sha256 is not the recorded one; {_COMPILE_AGAIN}"
+                )
             manifest = json.loads(text)
             for name, digest in manifest["members"].items():
                 _verified(archive, name, digest, path)
     except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, EOFError, OSError) as error:
-        raise UserError(f"'{path}' is not a complete artifact ({type(error).__name__}: {error}); {_COMPILE_AGAIN}") from None
+        raise UserError(
+            f"'{path}' is not a complete artifact ({type(error).__name__}: {error}); {_COMPILE_AGAIN}"
+        ) from None
     schema = str(manifest["spec"]["versions"].get("schema"))
     if schema != str(SCHEMA_VERSION):
-        raise UserError(f"Artifact {path} has schema version {schema}, this program reads {SCHEMA_VERSION}; {_COMPILE_AGAIN}")
+        raise UserError(
+            f"Artifact {path} has schema version {schema}, this program reads {SCHEMA_VERSION}; {_COMPILE_AGAIN}"
+        )
     return Artifact(path, manifest)
 
 
@@ -120,7 +128,8 @@ class Nearest:
 
 
 def find(folder: Path, spec: StepSpec) -> Artifact | Nearest | None:
-    """The artifact in `folder` that serves `spec`; else the nearest one with its differences; None when there is none at all.
+    """The artifact in `folder` that serves `spec`; else the nearest one with its differences; None when there is none
+    at all.
 
     Files that cannot be read are passed over: one broken file must not hide a good one.
     """
@@ -150,4 +159,6 @@ def peek(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             return json.loads(archive.read("manifest.json"))
     except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, EOFError, OSError) as error:
-        raise UserError(f"'{path}' is not a complete artifact ({type(error).__name__}: {error}); {_COMPILE_AGAIN}") from None
+        raise UserError(
+            f"'{path}' is not a complete artifact ({type(error).__name__}: {error}); {_COMPILE_AGAIN}"
+        ) from None

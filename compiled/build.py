@@ -6,15 +6,14 @@ import time
 from pathlib import Path
 
 from backends.precision import PrecisionPolicy
-
-from . import lowering
-from .artifact import pack
-from .capture_parts import Optimizer
-from .parallel import Report, lower_all
-from .regions import RegionSpec
-from .schedule import Schedule, capture_step
-from .spec import StepSpec
-from .stages import StagedModel
+from compiled import lowering
+from compiled.artifact import pack
+from compiled.capture_parts import Optimizer
+from compiled.parallel import Report, lower_all
+from compiled.regions import RegionSpec
+from compiled.schedule import Schedule, capture_step
+from compiled.spec import StepSpec
+from compiled.stages import StagedModel
 
 
 def build(
@@ -29,7 +28,8 @@ def build(
 ) -> bytes:
     """Compile the train step of `model` (on the meta device) for `spec` and return the artifact's bytes.
 
-    `workers` processes lower regions side by side (None: one for each core). `debug` keeps graphs and generated code in that folder.
+    `workers` processes lower regions side by side (None: one for each core). `debug` keeps graphs and generated code
+    in that folder.
     """
     started = time.perf_counter()
     regions, schedule = capture_step(model, spec, optimizer, policy)
@@ -59,7 +59,8 @@ def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec
     """What one step with one microbatch costs.
 
     flops: matrix products and attention, 2mkn each. bytes: every region's inputs and outputs once, each time it runs.
-    activation_bytes: what lives between forward and backward. head_bytes: logits of a chunk, their gradient and one temporary.
+    activation_bytes: what lives between forward and backward. head_bytes: logits of a chunk, their gradient and one
+    temporary.
     """
     runs: dict[str, int] = {"head_train": spec.head_chunks}
     recompute = spec.recompute == "block"

@@ -1,21 +1,24 @@
-"""Trace the parts of a train step into regions: pure graphs with named inputs and outputs, on fake tensors, without weights.
+"""Trace the parts of a train step into regions: pure graphs with named inputs and outputs, on fake tensors, without
+weights.
 
-A stage (the embedding, a block) becomes a forward and a backward graph. What the backward needs is passed by name: a forward
-input is taken from where it already lies, and only true activations leave the forward as `saved_i`.
+A stage (the embedding, a block) becomes a forward and a backward graph. What the backward needs is passed by name: a
+forward input is taken from where it already lies, and only true activations leave the forward as `saved_i`.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from . import lowering
-from .regions import RegionSpec, TensorSpec
-from .stages import Stage
+from compiled import lowering
+from compiled.flops import count_flops
+from compiled.regions import RegionSpec, TensorSpec
+from compiled.stages import Stage
 
 
 @dataclass
@@ -59,20 +62,26 @@ class Sources:
 
 
 def capture_function(
-    name: str, function: Callable[..., tuple[Tensor, ...]], inputs: dict[str, Tensor], outputs: Sequence[str], mutated: Sequence[str] = ()
+    name: str,
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: dict[str, Tensor],
+    outputs: Sequence[str],
+    mutated: Sequence[str] = (),
 ) -> Captured:
-    """Trace `function(*inputs)` as one region; it may call `autograd.grad` inside and write the inputs named in `mutated`."""
+    """Trace `function(*inputs)` as one region; it may call `autograd.grad` and write the inputs in `mutated`."""
     graph = lowering.trace(function, list(inputs.values()))
     results = [lowering.node_value(node) for node in _output_nodes(graph)]
     return _region(name, graph, inputs, dict(zip(outputs, results, strict=True)), mutated)
 
 
-def capture_stage(name: str, stage: Stage, activations: dict[str, Tensor], sources: Sources) -> tuple[Captured, Captured]:
+def capture_stage(
+    name: str, stage: Stage, activations: dict[str, Tensor], sources: Sources
+) -> tuple[Captured, Captured]:
     """Forward and backward region of a stage.
 
-    `activations` are the tensors after parameters and state, the first being the one the gradient flows to (token ids get none).
-    Forward: parameters, state, activations → `output`, `new_<state>`…, `saved_i`…. Backward: what it needs by name, `grad_output`
-    → `grad_<parameter>`…, `grad_<activation>`.
+    `activations` are the tensors after parameters and state, the first being the one the gradient flows to (token ids
+    get none). Forward: parameters, state, activations → `output`, `new_<state>`…, `saved_i`…. Backward: what it needs
+    by name, `grad_output` → `grad_<parameter>`…, `grad_<activation>`.
     """
     tensors = sources.stage_tensors(stage)
     inputs = tensors | activations
@@ -104,7 +113,7 @@ _VIEWS = {
 
 
 def _view_chain(node: Node) -> list[Node]:
-    """The view operators from a forward input to `node`, first to last; empty when `node` is more than a view of an input."""
+    """The view operators from a forward input to `node`, first to last; empty when `node` is more than such a view."""
     chain = []
     while node.op == "call_function" and node.target in _VIEWS:
         chain.append(node)
@@ -128,7 +137,7 @@ def _move_views_to_backward(forward: GraphModule, backward: GraphModule, saved: 
         moved = {source: placeholders[source.name]}
         with backward.graph.inserting_before(body):
             for view in chain:
-                moved[view] = backward.graph.node_copy(view, lambda argument: moved[argument])
+                moved[view] = backward.graph.node_copy(view, moved.__getitem__)
         target.replace_all_uses_with(moved[node])
         backward.graph.erase_node(target)
     backward.recompile()
@@ -137,7 +146,7 @@ def _move_views_to_backward(forward: GraphModule, backward: GraphModule, saved: 
 def _name_crossing(
     name: str, forward: GraphModule, backward: GraphModule, inputs: dict[str, Tensor], outputs: list[str]
 ) -> tuple[Captured, Captured]:
-    """Give every tensor that crosses from forward to backward a name, and drop the ones that need not leave the forward."""
+    """Name every tensor that crosses from forward to backward, and drop those that need not leave the forward."""
     placeholders = [node.name for node in forward.graph.nodes if node.op == "placeholder"]
     source_of = dict(zip(placeholders, inputs, strict=True))
     results = _output_nodes(forward)
@@ -153,7 +162,10 @@ def _name_crossing(
         elif node.name not in crossing:
             saved_names[node] = crossing[node.name] = f"saved_{len(saved_names)}"
     _set_outputs(forward, [*kept, *saved_names])
-    forward_values = {n: lowering.node_value(node) for n, node in zip([*outputs, *saved_names.values()], [*kept, *saved_names], strict=True)}
+    forward_values = {
+        n: lowering.node_value(node)
+        for n, node in zip([*outputs, *saved_names.values()], [*kept, *saved_names], strict=True)
+    }
     forward_region = _region(f"{name}_forward", forward, inputs, forward_values)
 
     backward_inputs: dict[str, Tensor] = {}
@@ -176,15 +188,15 @@ def _region(
         [TensorSpec.of(label, tensor) for label, tensor in inputs.items()],
         [TensorSpec.of(label, tensor) for label, tensor in outputs.items()],
         mutated=list(mutated),
-        flops=lowering.count_flops(graph, fakes),
+        flops=count_flops(graph),
         nodes=sum(node.op == "call_function" for node in graph.graph.nodes),
     )
     return Captured(graph, fakes, spec)
 
 
 def _output_nodes(graph: GraphModule) -> list[Node]:
-    results = graph.graph.output_node().args[0]
-    return list(results) if isinstance(results, tuple | list) else [results]  # type: ignore[list-item]
+    results: Any = graph.graph.output_node().args[0]
+    return list(results) if isinstance(results, tuple | list) else [results]
 
 
 def _set_outputs(graph: GraphModule, nodes: Sequence[Node]) -> None:

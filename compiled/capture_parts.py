@@ -1,7 +1,8 @@
 """The parts of the step that are not a stage: the head with its loss, and the optimizer's update.
 
-The head computes logits a chunk of tokens at a time, so that full logits never exist; the program runs it once for each chunk.
-Loss = Σ grad_scale · CE, and grad_scale comes in as a tensor: a divisor known to the trace would be baked in.
+The head computes logits a chunk of tokens at a time, so that full logits never exist; the program runs it once for
+each chunk. Loss = Σ grad_scale · CE, and grad_scale comes in as a tensor: a divisor known to the trace would be baked
+in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from backends.precision import PrecisionPolicy, as_torch
-
-from .capture import Captured, Sources, capture_function
-from .stages import Slot, Stage, StagedModel, canonical_names
+from compiled.capture import Captured, Sources, capture_function
+from compiled.stages import Slot, Stage, StagedModel, canonical_names
 
 
 class Optimizer(Protocol):
-    """A pure per-tensor update rule; every number in it that may change between runs is in `hyper`, a 0-d tensor each."""
+    """A pure per-tensor update rule; every number that may change between runs is in `hyper`, a 0-d tensor each."""
 
-    state_names: Sequence[str]
-    hyperparameter_names: Sequence[str]
+    @property
+    def state_names(self) -> Sequence[str]: ...
+    @property
+    def hyperparameter_names(self) -> Sequence[str]: ...
 
     def update(
         self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
@@ -53,8 +55,8 @@ def head_stage(model: StagedModel) -> Stage:
 def loss_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
     """Σ grad_scale · CE over tokens: logits [T, V], labels [T], grad_scale [T] → 0-d, in grad_scale's dtype.
 
-    The target's logit is picked by comparing with an index, not by gather: the backward is then one fused elementwise pass
-    instead of a scatter into zeros.
+    The target's logit is picked by comparing with an index, not by gather: the backward is then one fused elementwise
+    pass instead of a scatter into zeros.
     """
     logits = logits.to(grad_scale.dtype)
     vocabulary = torch.arange(logits.shape[-1], device=logits.device)
@@ -67,11 +69,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def capture_head(stage: Stage, sources: Sources, policy: PrecisionPolicy, tokens: int, hidden_size: int, chunks: int) -> list[Captured]:
+def capture_head(
+    stage: Stage, sources: Sources, policy: PrecisionPolicy, tokens: int, hidden_size: int, chunks: int
+) -> list[Captured]:
     """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss).
 
-    Inputs: parameters, state, hidden_states [T/chunks, H], labels [T/chunks], grad_scale [T/chunks]. With several chunks
-    `head_train` adds its parameter gradients onto `sum_<parameter>` buffers in place; with one it returns them.
+    Inputs: parameters, state, hidden_states [T/chunks, H], labels [T/chunks], grad_scale [T/chunks]. With several
+    chunks `head_train` adds its parameter gradients onto `sum_<parameter>` buffers in place; with one it returns them.
     """
     rows = tokens // chunks
     tensors = sources.stage_tensors(stage, with_grad=False)
@@ -81,14 +85,18 @@ def capture_head(stage: Stage, sources: Sources, policy: PrecisionPolicy, tokens
         "labels": sources.empty((rows,), torch.int64),
         "grad_scale": sources.empty((rows,), as_torch(policy.logits)),
     }
-    sums = {f"sum_{name}": sources.empty(tensors[name].shape, accumulation_dtype(tensors[name].dtype)) for name in trained}
+    sums = {
+        f"sum_{name}": sources.empty(tensors[name].shape, accumulation_dtype(tensors[name].dtype)) for name in trained
+    }
     state_names = [slot.local for slot in stage.state]
 
     def train(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(train_inputs, flat, strict=True))
         with torch.enable_grad():
             leaves = {name: named[name].detach().requires_grad_() for name in ("hidden_states", *trained)}
-            logits, new_state = stage.call({key: leaves.get(key, named[key]) for key in tensors}, leaves["hidden_states"])
+            logits, new_state = stage.call(
+                {key: leaves.get(key, named[key]) for key in tensors}, leaves["hidden_states"]
+            )
             loss = loss_sum(logits, named["labels"], named["grad_scale"])
             gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         results = [loss.detach(), gradients.pop("hidden_states")]
@@ -108,7 +116,9 @@ def capture_head(stage: Stage, sources: Sources, policy: PrecisionPolicy, tokens
     outputs = ["loss", "grad_hidden_states", *(f"new_{name}" for name in state_names)]
     outputs += [f"grad_{name}" for name in trained] if chunks == 1 else []
     stage.module.train()
-    train_region = capture_function("head_train", train, train_inputs, outputs, mutated=[] if chunks == 1 else list(sums))
+    train_region = capture_function(
+        "head_train", train, train_inputs, outputs, mutated=[] if chunks == 1 else list(sums)
+    )
     stage.module.eval()
     evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss"])
     stage.module.train()
@@ -116,13 +126,19 @@ def capture_head(stage: Stage, sources: Sources, policy: PrecisionPolicy, tokens
 
 
 def capture_update(
-    name: str, optimizer: Optimizer, parameters: dict[str, Tensor], gradient_dtypes: dict[str, torch.dtype], policy: PrecisionPolicy, sources: Sources
+    name: str,
+    optimizer: Optimizer,
+    parameters: dict[str, Tensor],
+    gradient_dtypes: dict[str, torch.dtype],
+    policy: PrecisionPolicy,
+    sources: Sources,
 ) -> Captured:
     """The optimizer's update of a group of parameters, in place, one region.
 
-    Inputs: `hyperparameters` [number of parameters, number of hyper-parameters] (a row each, so that every parameter may have its own
-    rate and decay), `grad_coef` 0-d (clipping), then for each parameter p: p, `grad_p`, `<state>_p`…, `master_p` if there is one.
-    Arithmetic is done in at least float32; output: a copy of grad_coef (a region must return something).
+    Inputs: `hyperparameters` [number of parameters, number of hyper-parameters] (a row each, so that every parameter
+    may have its own rate and decay), `grad_coef` 0-d (clipping), then for each parameter p: p, `grad_p`, `<state>_p`…,
+    `master_p` if there is one. Arithmetic is done in at least float32; output: a copy of grad_coef (a region must
+    return something).
     """
     with_master = policy.master != "none"
     work = as_torch(policy.master) if with_master else accumulation_dtype(as_torch(policy.parameters))
@@ -144,7 +160,9 @@ def capture_update(
     def update(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, flat, strict=True))
         for row, parameter_name in enumerate(parameters):
-            hyper = {key: named["hyperparameters"][row, column] for column, key in enumerate(optimizer.hyperparameter_names)}
+            hyper = {
+                key: named["hyperparameters"][row, column] for column, key in enumerate(optimizer.hyperparameter_names)
+            }
             current = named[f"master_{parameter_name}" if with_master else parameter_name].to(work)
             gradient = named[f"grad_{parameter_name}"].to(work) * named["grad_coef"]
             state = {key: named[f"{key}_{parameter_name}"].to(work) for key in optimizer.state_names}

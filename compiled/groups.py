@@ -1,7 +1,9 @@
-"""Parameters that are updated together: one group for each block, and one for the two ends (embedding, final norm, projection).
+"""Parameters that are updated together: one group for each block, and one for the two ends (embedding, final norm,
+projection).
 
-A group's gradients come in the dtype its backward gives; gradients summed over microbatches come in at least float32. Where the two
-differ (bfloat16 parameters) a group has two regions, `direct` and `summed`, so that accumulation stays a matter of the run.
+A group's gradients come in the dtype its backward gives; gradients summed over microbatches come in at least float32.
+Where the two differ (bfloat16 parameters) a group has two regions, `direct` and `summed`, so that accumulation stays a
+matter of the run.
 """
 
 from dataclasses import dataclass
@@ -10,10 +12,9 @@ from typing import Any
 import torch
 
 from backends.precision import PrecisionPolicy, as_torch
-
-from .capture import Captured, Sources
-from .capture_parts import Optimizer, accumulation_dtype, capture_update
-from .stages import Stage
+from compiled.capture import Captured, Sources
+from compiled.capture_parts import Optimizer, accumulation_dtype, capture_update
+from compiled.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def block_group(stage: Stage) -> Group:
 def ends_group(embed: Stage, head: Stage, chunks: int) -> Group:
     """The trained parameters of both ends, by their full names; a tied weight once.
 
-    Gradients that are summed within a microbatch (over several head chunks, or over both uses of a tied weight) are wider.
+    Gradients that are summed within a microbatch (over several head chunks, or over both uses of a tied weight) are
+    wider.
     """
     shapes, direct = {}, {}
     for stage in (embed, head):
@@ -76,7 +78,12 @@ def add_updates(
 
 
 def _capture_group(
-    regions: dict[str, Captured], label: str, group: Group, optimizer: Optimizer, policy: PrecisionPolicy, sources: Sources
+    regions: dict[str, Captured],
+    label: str,
+    group: Group,
+    optimizer: Optimizer,
+    policy: PrecisionPolicy,
+    sources: Sources,
 ) -> dict[str, str | None]:
     if not group.shapes:
         return {"direct": None, "summed": None}

@@ -1,29 +1,41 @@
-"""Everything that touches torch's private compiler interfaces: tracing to graphs, splitting them, turning them into machine code.
+"""Everything that touches torch's private compiler interfaces: tracing to graphs, splitting them, turning them into
+machine code.
 
-CPU regions become one shared library each (AOTInductor): running one needs no compiler and no cache. CUDA regions become
-Inductor bundles (`standalone_compile`), because loading an AOTInductor library crashes inside `std::regex` on some hosts.
-The names used here exist in torch 2.11 to 2.13; a newer torch is checked by this file's tests and nowhere else.
+CPU regions become one shared library each (AOTInductor): running one needs no compiler and no cache. CUDA regions
+become Inductor bundles (`standalone_compile`), because loading an AOTInductor library crashes inside `std::regex` on
+some hosts. The names used here exist in torch 2.11 to 2.13; a newer torch is checked by this file's tests and nowhere
+else.
 """
 
 import contextlib
 import functools
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
-from .regions import RunFunction
+from compiled.regions import RunFunction
 
 
 def fake_mode() -> FakeTensorMode:
     """Tensors with shapes and strides but no storage: a 70B model is captured in the memory of its graph."""
     return FakeTensorMode()
+
+
+@contextlib.contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Without the warnings that torch's compiler gives about its own code, which no user can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch(\.|$)")
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+        yield
 
 
 def trace_joint(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> GraphModule:
@@ -32,12 +44,15 @@ def trace_joint(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Te
     from torch._inductor.decomposition import select_decomp_table
 
     # Decomposed as Inductor will anyway: the partitioner knows which of these operators are cheap to recompute.
-    joint: Any = aot_export_joint_simple(function, tuple(inputs), trace_joint=True, decompositions=select_decomp_table())
+    joint: Any = aot_export_joint_simple(
+        function, tuple(inputs), trace_joint=True, decompositions=select_decomp_table()
+    )
     return _without_assertions(joint[0] if isinstance(joint, tuple) else joint)
 
 
 def _without_assertions(graph: GraphModule) -> GraphModule:
-    # Tracing a `.to(dtype)` leaves a check of its input's metadata, which would run as a kernel of its own on every step.
+    # Tracing a `.to(dtype)` leaves a check of its input's metadata, which would run as a kernel of its own on every
+    # step.
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         graph.graph.erase_node(node)
     graph.recompile()
@@ -45,7 +60,7 @@ def _without_assertions(graph: GraphModule) -> GraphModule:
 
 
 def split_joint(joint: GraphModule, num_outputs: int) -> tuple[GraphModule, GraphModule]:
-    """Min-cut the joint graph into forward and backward so that few and small activations cross from one to the other."""
+    """Min-cut the joint graph into forward and backward so that few and small activations cross between them."""
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
@@ -64,7 +79,7 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor])
 
 
 def attention_context(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Which attention kernels a trace may pick. On CUDA cuDNN first: 1.43 ms against flash's 2.26 at 8x32x2048x64 on one H200."""
+    """The attention kernels a trace may pick. On CUDA cuDNN first: 1.43 ms, flash 2.26, at 8x32x2048x64 on one H200."""
     if device_type != "cuda":
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -94,7 +109,8 @@ def _deterministic(device_type: str) -> Iterator[None]:
 def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: Path, debug: Path | None = None) -> int:
     """Compile `graph` for `device_type` into the file `path`; returns the number of kernels the compiler made.
 
-    `inputs` are (fake) tensors that fix shape, dtype, stride and device. With `debug` the generated code is kept in that folder.
+    `inputs` are (fake) tensors that fix shape, dtype, stride and device. With `debug` the generated code is kept in
+    that folder.
     """
     from torch._inductor import config, metrics
 
@@ -107,6 +123,7 @@ def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: 
             debug.mkdir(parents=True, exist_ok=True)
             options |= {"trace.enabled": True, "trace.debug_dir": str(debug)}
         stack.enter_context(config.patch(options))
+        stack.enter_context(quiet_torch())
         (_lower_cuda if device_type == "cuda" else _lower_cpu)(graph, inputs, path)
     return int(metrics.generated_kernel_count)
 
@@ -152,17 +169,6 @@ def _load_cuda(path: Path) -> RunFunction:
 def graph_text(graph: GraphModule) -> str:
     """The graph as readable code, with the shape of every value."""
     return str(graph.print_readable(print_output=False))
-
-
-def count_flops(graph: GraphModule, inputs: Sequence[Tensor]) -> int:
-    """FLOPs of the matrix products and attention in one run of `graph` (2mkn each), counted on fake tensors."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # tensors the graph makes itself (an arange) must be fake as well
-    mode = next((tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor)), contextlib.nullcontext())
-    with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
-        graph(*inputs)
-    return int(counter.get_total_flops())
 
 
 def node_value(node: Node) -> Tensor:

@@ -1,4 +1,7 @@
-"""Lower many regions at once: a forked process for each core on CPU; on CUDA one after another (its compiler runs its own pool)."""
+"""Lower many regions: on CPU in a forked process for each core, on CUDA one after another.
+
+The CUDA compiler runs a pool of its own, and a process that has touched the device must not fork.
+"""
 
 import multiprocessing
 import time
@@ -9,11 +12,13 @@ from pathlib import Path
 
 import torch
 
-from . import lowering
-from .capture import Captured
-from .regions import RegionSpec
+from compiled import lowering
+from compiled.capture import Captured
+from compiled.regions import RegionSpec
 
-Report = Callable[[RegionSpec, int, int], None]  # called when a region is done: its spec, how many are done, of how many
+Report = Callable[
+    [RegionSpec, int, int], None
+]  # called when a region is done: its spec, how many are done, of how many
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,12 @@ _work: _Work | None = None
 
 
 def lower_all(
-    regions: dict[str, Captured], device_type: str, folder: Path, workers: int | None, debug: Path | None, report: Report
+    regions: dict[str, Captured],
+    device_type: str,
+    folder: Path,
+    workers: int | None,
+    debug: Path | None,
+    report: Report,
 ) -> None:
     """Lower every region into `folder/NAME`; fills in each spec's `kernels` and `seconds`."""
     global _work

@@ -1,8 +1,9 @@
 """What a region is: a pure piece of the train step with named, fixed-shape tensors going in and coming out.
 
-`TensorSpec` and `RegionSpec` are plain data and live in the artifact's manifest. `Region` is the runnable thing: machine code
-plus its spec. Machine code does not look at what it is given (a wrong stride computes a wrong number in silence), so
-`Region.check` compares every input with the spec; the program calls it on its first step, when all buffers have taken their places.
+`TensorSpec` and `RegionSpec` are plain data and live in the artifact's manifest. `Region` is the runnable thing:
+machine code plus its spec. Machine code does not look at what it is given (a wrong stride computes a wrong number in
+silence), so `Region.check` compares every input with the spec; the program calls it on its first step, when all
+buffers have taken their places.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,8 +56,8 @@ class TensorSpec:
 class RegionSpec:
     """One entry of the manifest's region table.
 
-    `mutated` names the inputs a region writes in place. `flops` counts the matrix products of one run (2mkn), `bytes` every input
-    and output once, `kernels` what the compiler launched for it, `seconds` how long lowering took.
+    `mutated` names the inputs a region writes in place. `flops` counts the matrix products of one run (2mkn), `bytes`
+    every input and output once, `kernels` what the compiler launched for it, `seconds` how long lowering took.
     """
 
     name: str
@@ -86,7 +87,8 @@ class RegionSpec:
         fields = {key: value for key, value in entry.items() if key in cls.__dataclass_fields__}
         for side in ("inputs", "outputs"):
             fields[side] = [
-                TensorSpec(spec["name"], tuple(spec["shape"]), spec["dtype"], tuple(spec["stride"])) for spec in entry[side]
+                TensorSpec(spec["name"], tuple(spec["shape"]), spec["dtype"], tuple(spec["stride"]))
+                for spec in entry[side]
             ]
         return cls(**fields)
 
@@ -105,8 +107,8 @@ class Region:
         """Compare every input with the manifest; raises `UserError` naming the first that differs and both sides."""
         if len(tensors) != len(self.spec.inputs):
             raise UserError(
-                f"Region '{self.spec.name}' takes {len(self.spec.inputs)} tensors, got {len(tensors)}: the artifact was made "
-                "for another model; compile again."
+                f"Region '{self.spec.name}' takes {len(self.spec.inputs)} tensors, got {len(tensors)}: "
+                "the artifact was made for another model; compile again."
             )
         for spec, tensor in zip(self.spec.inputs, tensors, strict=True):
             if not spec.matches(tensor, device_type):

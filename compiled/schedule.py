@@ -1,7 +1,7 @@
 """From a model to the regions of its train step and the schedule that runs them: the first half of `command=compile`.
 
-Each distinct part is traced once. Blocks are told apart by their structure, so a model of 96 equal blocks is traced like one of 2; parts
-of different structure that still trace to one graph share their machine code.
+Each distinct part is traced once. Blocks are told apart by their structure, so a model of 96 equal blocks is traced
+like one of 2; parts of different structure that still trace to one graph share their machine code.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from backends.precision import PrecisionPolicy
-
-from . import lowering
-from .capture import Captured, Sources, capture_stage
-from .capture_parts import Optimizer, capture_head, head_stage
-from .groups import add_updates
-from .spec import StepSpec
-from .stages import Stage, StagedModel, make_stage, slots, structure
+from compiled import lowering
+from compiled.capture import Captured, Sources, capture_stage
+from compiled.capture_parts import Optimizer, capture_head, head_stage
+from compiled.groups import add_updates
+from compiled.spec import StepSpec
+from compiled.stages import Stage, StagedModel, make_stage, slots, structure
 
 Regions = dict[str, Captured]
 
@@ -35,11 +34,13 @@ class Schedule:
         return asdict(self)
 
 
-def capture_step(model: StagedModel, spec: StepSpec, optimizer: Optimizer, policy: PrecisionPolicy) -> tuple[Regions, Schedule]:
-    """Trace every distinct part of the step on fake tensors; returns the regions by name and the schedule that uses them."""
+def capture_step(
+    model: StagedModel, spec: StepSpec, optimizer: Optimizer, policy: PrecisionPolicy
+) -> tuple[Regions, Schedule]:
+    """Trace every distinct part of the step on fake tensors; returns the regions by name and their schedule."""
     device_type = spec.device["kind"]
     sources = Sources(lowering.fake_mode(), torch.device(device_type))
-    with lowering.attention_context(device_type):
+    with lowering.attention_context(device_type), lowering.quiet_torch():
         return _capture_step(model, spec, optimizer, policy, sources)
 
 
@@ -78,7 +79,7 @@ def _capture_step(
 def _add_stage(
     regions: Regions, name: str, stage: Stage, activations: dict[str, Tensor], sources: Sources
 ) -> tuple[dict[str, Any], Tensor]:
-    """Capture forward and backward, and where a backend keeps state the evaluating forward; returns their names and the output."""
+    """Capture forward, backward and, where a backend keeps state, the evaluating forward; also returns the output."""
     stage.module.train()
     forward, backward = capture_stage(name, stage, activations, sources)
     parts = {"forward": forward, "backward": backward, "evaluate": forward}

@@ -1,6 +1,7 @@
-"""What a train step is compiled for. Two runs with equal specs can share an artifact; any difference here changes the graph.
+"""What a train step is compiled for. Two runs with equal specs can share an artifact; any difference here changes the
+graph.
 
-Settings that are not here (learning rate, betas, weight decay, clipping, schedule, seed, steps, data, accumulation, worker count)
+Settings that are not here (rates, betas, weight decay, clipping, schedule, seed, steps, data, accumulation, workers)
 enter the compiled step as tensors or happen between regions, so one artifact serves them all.
 """
 
@@ -13,20 +14,36 @@ from typing import Any
 SCHEMA_VERSION = 1
 
 # What a compiler may use of a CPU; the rest of /proc/cpuinfo's flags never reaches generated code.
-_ISA_PREFIXES = ("sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "popcnt", "abm", "movbe", "vaes", "gfni", "adx", "sha")
+_ISA_PREFIXES = (
+    "sse",
+    "ssse",
+    "avx",
+    "amx",
+    "fma",
+    "f16c",
+    "bmi",
+    "popcnt",
+    "abm",
+    "movbe",
+    "vaes",
+    "gfni",
+    "adx",
+    "sha",
+)
 
 
 @dataclass(frozen=True)
 class StepSpec:
     """Every field that changes the graph or the machine code.
 
-    model: the model's shape as plain data; routing: (layer, backend, config, source fingerprint) rows; precision: dtype names;
-    optimizer: kind, source fingerprint; device: kind and capability (see `describe_device`); versions: torch, triton, schema.
+    model: the model's shape as plain data; routing: layers and source fingerprint by backend; precision:
+    dtype names; optimizer: kind, source fingerprint; device: kind and capability (see `describe_device`); versions:
+    torch, triton, schema.
     """
 
     model_name: str
     model: dict[str, Any]
-    routing: list[dict[str, Any]]
+    routing: dict[str, Any]
     batch_size: int
     max_seq_length: int
     precision: dict[str, str]
@@ -63,7 +80,7 @@ class FieldDifference:
 
 
 def difference(artifact: dict[str, Any], run: dict[str, Any]) -> list[FieldDifference]:
-    """The fields in which two specs (as JSON) differ; a CPU artifact fits any CPU that has all the features it was made for."""
+    """The fields in which two specs (as JSON) differ; a CPU artifact fits any CPU with the features it was made for."""
     found = []
     left, right = _flatten(artifact), _flatten(run)
     for name in sorted(left.keys() | right.keys()):
@@ -84,7 +101,9 @@ def difference_table(differences: list[FieldDifference]) -> str:
     rows = [("field", "artifact", "this run")]
     rows += [(entry.field, _short(entry.artifact), _short(entry.run)) for entry in differences]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def describe_device(kind: str) -> dict[str, Any]:
@@ -121,7 +140,7 @@ def describe_versions(kind: str) -> dict[str, str]:
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
-        flat = {}
+        flat: dict[str, Any] = {}
         for key, item in value.items():
             flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
         return flat

@@ -1,7 +1,7 @@
 """What the compile room asks of a model, and how it sees one: an embedding, a row of blocks, a head.
 
-The room knows no model family. A model says which submodules play which part (`stages()`); everything else, parameters, state
-buffers, which blocks are alike, is read off the modules.
+The room knows no model family. A model says which submodules play which part (`stages()`); everything else,
+parameters, state buffers, which blocks are alike, is read off the modules.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ class StageNames(Protocol):
 class StagedModel(Protocol):
     """A causal language model that can be cut into embed → blocks → norm → head.
 
-    embed(input_ids) → hidden_states; block(hidden_states, cos, sin, mask) → hidden_states; norm and head → logits. Each is a pure
-    function of its parameters, its state buffers and these tensors.
+    embed(input_ids) → hidden_states; block(hidden_states, cos, sin, mask) → hidden_states; norm and head → logits.
+    Each is a pure function of its parameters, its state buffers and these tensors.
     """
 
     def stages(self) -> StageNames: ...
@@ -66,7 +66,7 @@ class Stage:
         return {slot: parameters[slot.local] for slot in self.parameters if parameters[slot.local].requires_grad}
 
     def call(self, tensors: dict[str, Tensor], *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The stage as a pure function: parameters and state by local name in; output and new state by local name out."""
+        """The stage as a pure function: parameters and state by local name in, output and new state out."""
         with collect_state() as collected:
             output = torch.func.functional_call(self.module, tensors, inputs)
         return output, collected.named(self.module)
@@ -115,12 +115,15 @@ def structure(module: nn.Module) -> str:
             return value.fingerprint()
         if is_dataclass(value):
             return repr(value)
-        return f"{type(value).__qualname__}@{id(value)}"  # a shared object (the model's config) is the same one in every block
+        # anything else must be one object that the blocks share, as they share the model's config
+        return f"{type(value).__qualname__}@{id(value)}"
 
     parts = []
     for name, part in module.named_modules():
         settings = {key: describe(value) for key, value in vars(part).items() if key not in _MODULE_INTERNALS}
-        parts.append([name, f"{type(part).__module__}.{type(part).__qualname__}", part.training, sorted(settings.items())])
+        parts.append(
+            [name, f"{type(part).__module__}.{type(part).__qualname__}", part.training, sorted(settings.items())]
+        )
     tensors = [[name, list(p.shape), str(p.dtype), p.requires_grad] for name, p in module.named_parameters()]
     tensors += [[name, list(b.shape), str(b.dtype)] for name, b in module.named_buffers()]
     return hashlib.sha256(json.dumps([parts, tensors]).encode()).hexdigest()

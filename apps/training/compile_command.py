@@ -1,0 +1,105 @@
+"""`command=compile`: settings → one artifact file, and what a person wants to know of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from apps.training.config_schema import TrainConfig
+from apps.training.files import atomic_path
+from apps.training.memory import estimate, gibibytes
+from apps.training.progress import Progress
+from apps.training.step_plan import StepPlan
+from backends.errors import UserError
+from backends.routing_table import count_text, plain_table
+from compiled.artifact import Artifact, open_artifact
+from compiled.build import build
+from compiled.regions import RegionSpec
+
+
+def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
+    """Compile the planned step into `compile.output_dir`; nothing is left there when it fails."""
+    target = Path(config.compile.output_dir) / plan.spec.file_name
+    _require_writable(target.parent)
+    debug = target.with_suffix(".debug") if config.compile.debug else None
+    progress: Progress | None = None
+
+    def report(region: RegionSpec, done: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress(total, "compiling", "regions")
+        progress.update(1, last=region.name)
+
+    content = build(
+        plan.model,
+        plan.spec,
+        plan.optimizer,
+        plan.precision,
+        workers=config.compile.workers,
+        debug=debug,
+        report=report,
+    )
+    if progress is not None:
+        progress.close()
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(content)
+    return open_artifact(target)
+
+
+def expected_memory(artifact: Artifact, plan: StepPlan, *, accumulate: bool = False) -> str:
+    """The memory a run of the artifact takes, as text with its parts."""
+    cost = artifact.manifest["cost"]
+    needed = estimate(
+        artifact.manifest["parameters"],
+        plan.precision,
+        state_tensors=len(plan.optimizer.state_names),
+        activations=cost["activation_bytes"] + cost["head_bytes"],
+        wide_gradients=accumulate,
+    )
+    return str(needed)
+
+
+def summary(artifact: Artifact, plan: StepPlan) -> str:
+    """What `command=compile` prints at the end."""
+    manifest, spec = artifact.manifest, plan.spec
+    cost = manifest["cost"]
+    tokens = spec.batch_size * spec.max_seq_length
+    rows = [
+        ("Artifact", str(artifact.path)),
+        ("Size", gibibytes(artifact.path.stat().st_size)),
+        ("Distinct regions", f"{len(manifest['regions'])} for {len(manifest['schedule']['blocks'])} blocks"),
+        ("Compile time", f"{manifest['compile_seconds']:.1f} s"),
+        ("Parameters", f"{manifest['parameters']:,}"),
+        ("FLOPs per step", f"{count_text(cost['flops'])}  ({count_text(cost['flops'] / tokens)} per token)"),
+        ("Bytes per step", gibibytes(cost["bytes"])),
+        ("Expected memory", expected_memory(artifact, plan)),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name + ':':{width + 1}} {value}" for name, value in rows)
+
+
+def region_table(artifact: Artifact) -> str:
+    """One row for each region: graph size, saved activations, kernels, seconds (`compile.verbose=true`)."""
+    rows = [("region", "graph nodes", "inputs", "outputs", "saved", "FLOPs", "bytes", "kernels", "seconds", "code")]
+    for name, region in artifact.region_specs().items():
+        rows.append(
+            (
+                name,
+                str(region.nodes),
+                str(len(region.inputs)),
+                str(len(region.outputs)),
+                gibibytes(region.saved_bytes),
+                count_text(region.flops),
+                gibibytes(region.bytes),
+                str(region.kernels),
+                f"{region.seconds:.1f}",
+                region.sha256[:8],
+            )
+        )
+    return plain_table(rows, right=range(1, 9))
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse before the work, not after it."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"Cannot write to '{folder}' (compile.output_dir). Choose a folder you may write to.")

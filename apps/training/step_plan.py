@@ -1,0 +1,197 @@
+"""From settings to what has to be compiled: the model without weights, its routing, and the spec that names an
+artifact.
+
+`command=compile` and `command=run` both come through here, so that they cannot disagree about what a step is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import compiled
+import modelzoo
+from apps.training.config_schema import TrainConfig
+from apps.training.optimizers import Optimizer
+from apps.training.optimizers import load as load_optimizer
+from backends.errors import UserError
+from backends.precision import PrecisionPolicy
+from backends.routing import Plan, route
+from compiled.spec import StepSpec, describe_device, describe_versions
+
+DEFAULT_MODEL = "demo"
+# Fields of a Hugging Face config that change no tensor of the train step.
+_NOT_IN_GRAPH = frozenset(
+    "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_range model_type use_cache "
+    "transformers_version _name_or_path id2label label2id output_attentions output_hidden_states return_dict "
+    "problem_type chunk_size_feed_forward is_encoder_decoder pretraining_tp attention_dropout".split()
+)
+# Bytes of float32 logits a chunk of the loss may take: small enough to stay near the processor, large enough for its
+# products.
+_LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One train step before any weight exists: zoo config, model on the meta device, routing, dtypes, optimizer."""
+
+    model_name: str
+    model_config: Any
+    model: Any
+    routing: Plan
+    precision: PrecisionPolicy
+    optimizer: Optimizer
+    spec: StepSpec
+
+
+def plan_step(config: TrainConfig) -> StepPlan:
+    """Read the model's config (never its weights), route it, and say what the step is compiled for."""
+    kind = device_kind(config.compile.arch)
+    name, model_config = read_model_config(config)
+    model = modelzoo.build_meta(model_config, dtype=config.model.dtype)
+    routing = route(model, config.backend.rules, config.backend.default)
+    optimizer = load_optimizer(config.optimizer.name)
+    tokens = config.training.batch_size * config.model.max_seq_length
+    spec = StepSpec(
+        model_name=name,
+        model=_graph_fields(model_config),
+        routing=_routing_fields(routing),
+        batch_size=config.training.batch_size,
+        max_seq_length=config.model.max_seq_length,
+        precision=_precision_fields(config.precision),
+        article_attention=config.model.article_attention,
+        head_chunks=head_chunks(config.compile.head_chunks, tokens, model_config.vocab_size, kind),
+        optimizer={"name": config.optimizer.name, "source": _file_fingerprint(inspect.getfile(optimizer))},
+        recompute=config.compile.recompute,
+        device=describe_device(kind),
+        versions=describe_versions(kind) | {"source": _source_fingerprint()},
+    )
+    return StepPlan(name, model_config, model, routing, config.precision, optimizer(), spec)
+
+
+def device_kind(arch: str) -> str:
+    """ "cpu" or "cuda"; auto takes a GPU where there is one. UserError for cuda on a machine without."""
+    if arch == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if arch == "cuda":
+        raise UserError(
+            "compile.arch=cuda needs a CUDA device, and this machine has none. Use compile.arch=cpu or auto."
+        )
+    return "cpu"
+
+
+def read_model_config(config: TrainConfig) -> tuple[str, Any]:
+    """The model's display name and its zoo config with this run's zoo arguments."""
+    names = config.checkpoint
+    config_name = names.config_name
+    if config_name is None and names.model_name_or_path is None:
+        config_name = DEFAULT_MODEL
+    settings = config.model
+    model_config = modelzoo.load_config(
+        config_name=config_name,
+        model_name_or_path=names.model_name_or_path,
+        compute_dtype=settings.compute_dtype,
+        norm_dtype=settings.norm_dtype,
+        residual_dtype=settings.residual_dtype,
+        logits_dtype=settings.logits_dtype,
+        article_attention=settings.article_attention,
+        max_seq_length=settings.max_seq_length,
+    )
+    return Path(str(config_name or names.model_name_or_path)).resolve().name, model_config
+
+
+def head_chunks(asked: int | None, tokens: int, vocab_size: int, kind: str) -> int:
+    """Pieces of equal size the loss is computed in: as asked, else the fewest whose logits fit the device's budget."""
+    if asked is not None:
+        if tokens % asked:
+            raise UserError(
+                f"compile.head_chunks={asked} does not divide the {tokens} tokens of a batch. Expected one that does."
+            )
+        return asked
+    fits = _LOGITS_BYTES[kind] // (4 * vocab_size)
+    return next(chunks for chunks in range(1, tokens + 1) if tokens % chunks == 0 and tokens // chunks <= max(fits, 1))
+
+
+def compile_command(config: TrainConfig) -> str:
+    """The command that compiles the artifact this run needs, ready to paste."""
+    defaults = {"model": type(config.model)(), "compile": type(config.compile)(), "backend": type(config.backend)()}
+    arguments = ["command=compile"]
+    for key in ("config_name", "model_name_or_path"):
+        if getattr(config.checkpoint, key) is not None:
+            arguments.append(f"checkpoint.{key}={getattr(config.checkpoint, key)}")
+    arguments += [
+        f"model.max_seq_length={config.model.max_seq_length}",
+        f"training.batch_size={config.training.batch_size}",
+    ]
+    for section, default in defaults.items():
+        for key, value in vars_of(getattr(config, section)).items():
+            if value != getattr(default, key) and key not in ("max_seq_length", "verbose", "debug", "workers"):
+                arguments.append(f"{section}.{key}={_written(value)}")
+    optimizer, standard = config.optimizer, type(config.optimizer)()
+    arguments += [f"optimizer={optimizer.name}"] if optimizer.name != standard.name else []
+    for key in ("moments_dtype", "master_weights"):
+        if getattr(optimizer, key) != getattr(standard, key):
+            arguments.append(f"optimizer.{key}={getattr(optimizer, key)}")
+    return "python apps/train_llm.py " + " ".join(map(shlex.quote, arguments))
+
+
+def vars_of(settings: Any) -> dict[str, Any]:
+    """The fields of one section by name."""
+    return {name: getattr(settings, name) for name in type(settings).__dataclass_fields__}
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_written(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, bool) or value is None:
+        return str(value).lower() if value is not None else "null"
+    if isinstance(value, str) and any(character in value for character in "*[]{}:, "):
+        return f'"{value}"'
+    return str(value)
+
+
+def _graph_fields(model_config: Any) -> dict[str, Any]:
+    fields = {key: value for key, value in model_config.to_dict().items() if key not in _NOT_IN_GRAPH}
+    for key in ("compute_dtype", "norm_dtype", "residual_dtype", "logits_dtype", "article_attention", "max_seq_length"):
+        fields.pop(key, None)  # these stand, resolved, in fields of the spec of their own
+    return fields
+
+
+def _routing_fields(routing: Plan) -> dict[str, Any]:
+    """Layers by backend, whatever the rules were called that put them there."""
+    from backends.routing_table import shorten
+
+    layers: dict[str, list[str]] = {}
+    fingerprints = {}
+    for row in routing.routes:
+        layers.setdefault(str(row.backend), []).extend(row.layers)
+        fingerprints[str(row.backend)] = row.backend.fingerprint()[:12]
+    return {
+        backend: {"layers": ", ".join(sorted(shorten(sorted(names)))), "source": fingerprints[backend]}
+        for backend, names in sorted(layers.items())
+    }
+
+
+def _precision_fields(precision: PrecisionPolicy) -> dict[str, str]:
+    return {name: getattr(precision, name) for name in type(precision).__dataclass_fields__}
+
+
+def _source_fingerprint() -> str:
+    """Of the code that makes graphs (the zoo, the compile room): another version of it makes other artifacts."""
+    folders = [Path(module.__path__[0]) for module in (modelzoo, compiled)]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def _file_fingerprint(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]

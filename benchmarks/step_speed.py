@@ -1,0 +1,168 @@
+"""Time of a train step: compiled regions against what a user would take instead, side by side in one process.
+
+    python benchmarks/step_speed.py checkpoint.config_name=clm-60m model.max_seq_length=2048 training.batch_size=16 \
+        model.dtype=bfloat16 optimizer.moments_dtype=bfloat16 optimizer.master_weights=none peers=none
+
+Random tokens, no clipping, AdamW. Variants take turns, `steps` rounds of them; a line for each gives the minimum and
+median time of a step, and one for each peer the ratios. Peers are plain transformers with fused AdamW: `eager`, and
+`compile` for torch.compile. `config=FILE` names a Hugging Face config.json folder by `checkpoint.config_name`.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+OWN = {"peers": "eager,compile", "steps": "12", "graph": "auto"}
+
+
+def main() -> None:
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    own = {name: given.pop(name, default) for name, default in OWN.items()}
+    started = time.perf_counter()
+    import torch
+    import transformers
+
+    import modelzoo
+    from apps.training.compile_command import compile_artifact, region_table, summary
+    from apps.training.config import parse
+    from apps.training.step_plan import plan_step
+
+    print(json.dumps({"imports_s": round(time.perf_counter() - started, 2), "torch": torch.__version__}), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"{key}={value}" for key, value in given.items()]
+        config = parse(["command=compile", f"compile.output_dir={folder}", *settings])
+        plan = plan_step(config)
+        artifact = compile_artifact(config, plan)
+        print(summary(artifact, plan) + "\n" + region_table(artifact), flush=True)
+        device = torch.device(plan.spec.device["kind"])
+        dtype = getattr(torch, config.model.dtype)
+        model = modelzoo.build_model(plan.model_config, device=device, dtype=dtype, seed=1)
+        variants = {"regions": regions_step(artifact, plan, model, "off")}
+        if device.type == "cuda" and own["graph"] != "off":
+            graphed = modelzoo.build_model(plan.model_config, device=device, dtype=dtype, seed=1)
+            variants["regions+graph"] = regions_step(artifact, plan, graphed, "on")
+        hugging_face = transformers.LlamaConfig(**plan.spec.model)
+        for peer in own["peers"].split(","):
+            if peer != "none":
+                variants[peer] = peer_step(hugging_face, device, dtype, plan, compiled=peer == "compile")
+        report(variants, int(own["steps"]), plan, artifact.manifest["cost"]["flops"], device.type)
+
+
+def batch(plan, device):
+    """Random tokens; every position counts."""
+    import torch
+
+    shape = (plan.spec.batch_size, plan.spec.max_seq_length)
+    ids = torch.randint(0, plan.model_config.vocab_size, shape, device=device)
+    labels = torch.randint(0, plan.model_config.vocab_size, shape, device=device)
+    scale = torch.full(shape, 1 / ids.numel(), device=device, dtype=getattr(torch, plan.precision.logits))
+    return {"input_ids": ids, "labels": labels, "grad_scale": scale}
+
+
+def regions_step(artifact, plan, model, graph: str) -> Callable[[], None]:
+    """Load the artifact and return its step; prints how long loading and the first step took."""
+    import torch
+
+    from apps.training.hyperparameters import hyperparameter_table
+    from compiled.cuda_graph import GraphedProgram
+    from compiled.program import CompiledProgram
+
+    device = next(model.parameters()).device
+    data = batch(plan, device)
+    work = torch.float64 if plan.precision.parameters == "float64" else torch.float32
+    optimizer = type(plan.optimizer)
+    hyper = hyperparameter_table(
+        list(model.parameters()), optimizer, optimizer.Config(lr=1e-4), step=1, lr=1e-4, dtype=work
+    ).to(device)
+    synchronize(device)
+    started = time.perf_counter()
+    program = (GraphedProgram if graph == "on" else CompiledProgram)(
+        artifact,
+        model,
+        moments_dtype=getattr(torch, plan.precision.moments),
+        master_dtype=None if plan.precision.master == "none" else getattr(torch, plan.precision.master),
+    )
+    loaded = time.perf_counter()
+    loss = program.train_step([data], hyper, None).loss.item()
+    print(
+        json.dumps(
+            {"load_s": round(loaded - started, 3), "first_step_s": round(time.perf_counter() - loaded, 3), "loss": loss}
+        ),
+        flush=True,
+    )
+    return lambda: program.train_step([data], hyper, None)
+
+
+def peer_step(config, device, dtype, plan, *, compiled: bool) -> Callable[[], None]:
+    """Plain transformers with fused AdamW."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config._attn_implementation, config.use_cache = "sdpa", False
+    torch.set_default_dtype(dtype)
+    with device:
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    forward = torch.compile(model) if compiled else model
+    data = batch(plan, device)
+
+    def step() -> None:
+        forward(input_ids=data["input_ids"], labels=data["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def synchronize(device) -> None:
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def report(variants: dict[str, Callable[[], None]], steps: int, plan, flops: int, device: str) -> None:
+    """Warm every variant up, time them in turns, print times and ratios."""
+    import torch
+
+    for step in variants.values():
+        for _ in range(3):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(steps):
+        for name, step in variants.items():
+            repeats = 5 if device == "cuda" else 1
+            synchronize(device)
+            started = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            synchronize(device)
+            times[name].append((time.perf_counter() - started) / repeats)
+    tokens = plan.spec.batch_size * plan.spec.max_seq_length
+    for name, seconds in times.items():
+        low, middle = min(seconds), statistics.median(seconds)
+        line = {"variant": name, "min_ms": round(low * 1e3, 2), "median_ms": round(middle * 1e3, 2)}
+        line |= {"tokens_per_s": round(tokens / middle), "tflops": round(flops / middle / 1e12, 2)}
+        if device == "cuda":
+            line["peak_gib_all_variants"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        print(json.dumps(line), flush=True)
+    ours = times["regions"]
+    for name, seconds in times.items():
+        if name != "regions":
+            ratios = [theirs / mine for theirs, mine in zip(seconds, ours, strict=True)]
+            pairs = statistics.median(ratios)
+            print(
+                f"{name} / regions: {min(seconds) / min(ours):.3f} (minima), {pairs:.3f} (median of pairs)", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

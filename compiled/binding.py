@@ -1,0 +1,63 @@
+"""Regions bound to a model's tensors: which tensor goes into which input, checked once against the manifest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends.errors import UserError
+from compiled.artifact import Artifact
+
+# One part of the schedule: its regions, and its parameters and state by local name → full name.
+Entry = Mapping[str, Any]
+
+
+class Binding:
+    """Machine code of an artifact over the parameters and buffers of `model`, which it reads and writes in place.
+
+    Raises `UserError` when the model's parameters are not those the artifact was made for.
+    """
+
+    def __init__(self, artifact: Artifact, model: nn.Module) -> None:
+        self.tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.device_type = artifact.device_type
+        _check_names(artifact.manifest["schedule"], self.tensors, {name for name, _ in model.named_parameters()})
+        self.regions = artifact.load_regions()
+        self._checked: set[str] = set()
+
+    def run(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run region `name` on `tensors`, picked by name; its first run compares them with the manifest."""
+        region = self.regions[name]
+        inputs = [tensors[spec.name] for spec in region.spec.inputs]
+        if name not in self._checked:
+            region.check(inputs, self.device_type)
+            self._checked.add(name)
+        outputs = region(inputs)
+        return {spec.name: output for spec, output in zip(region.spec.outputs, outputs, strict=True)}
+
+    def inputs(self, entry: Entry) -> dict[str, Tensor]:
+        """Parameters and state of a part, by local name."""
+        return {local: self.tensors[full] for slots in ("parameters", "state") for local, full in entry[slots].items()}
+
+    def commit(self, entry: Entry, outputs: Mapping[str, Tensor]) -> None:
+        """Write the new state a part returned into its buffers."""
+        for local, full in entry["state"].items():
+            self.tensors[full].copy_(outputs[f"new_{local}"])
+
+    def input_dtype(self, region: str, name: str) -> torch.dtype:
+        """The dtype in which `region` takes its input `name`."""
+        spec = next(spec for spec in self.regions[region].spec.inputs if spec.name == name)
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        return dtype
+
+
+def _check_names(schedule: Mapping[str, Any], tensors: Mapping[str, Tensor], parameters: set[str]) -> None:
+    entries = (schedule["embed"], schedule["head"], *schedule["blocks"])
+    named = {full for entry in entries for slots in ("parameters", "state") for full in entry[slots].values()}
+    absent, strange = sorted(named - tensors.keys()), sorted(parameters - named)
+    if absent or strange:
+        raise UserError(
+            "The artifact was made for a model with other parameters "
+            f"(missing here: {absent[:3]}; unknown to it: {strange[:3]}). Compile again for this model."
+        )

@@ -1,0 +1,126 @@
+"""One small compiled step for the whole room: compiling takes seconds, so tests share artifacts and copy models."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import modelzoo
+from apps.training.config import parse
+from apps.training.hyperparameters import hyperparameter_table
+from apps.training.step_plan import StepPlan, plan_step
+from backends.precision import as_torch
+from backends.routing import route
+from compiled.artifact import Artifact, open_artifact
+from compiled.build import build
+from compiled.program import CompiledProgram
+
+
+@dataclass
+class Compiled:
+    """A compiled step with everything needed to run it next to its eager twin."""
+
+    plan: StepPlan
+    artifact: Artifact
+    rules: list[dict[str, Any]]
+
+    def model(self, seed: int = 1) -> Any:
+        model = modelzoo.build_model(self.plan.model_config, dtype=self.plan.precision.parameters, seed=seed)
+        route(model, self.rules)
+        return model.train()
+
+    def program(self, model: Any) -> CompiledProgram:
+        master = self.plan.precision.master
+        return CompiledProgram(
+            self.artifact,
+            model,
+            moments_dtype=as_torch(self.plan.precision.moments),
+            master_dtype=None if master == "none" else as_torch(master),
+        )
+
+    def batch(self, seed: int, counted: float = 1.0, of: int | None = None) -> dict[str, Tensor]:
+        """A random batch; a share `counted` of its positions enters the loss, each with weight 1 / `of`."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.plan.spec.batch_size, self.plan.spec.max_seq_length)
+        vocabulary = self.plan.model_config.vocab_size
+        mask = torch.rand(shape, generator=generator) < counted
+        scale = mask.to(as_torch(self.plan.precision.logits)) / (of or max(int(mask.sum()), 1))
+        batch = {
+            "input_ids": torch.randint(0, vocabulary, shape, generator=generator),
+            "labels": torch.randint(0, vocabulary, shape, generator=generator),
+            "grad_scale": scale,
+        }
+        if self.plan.spec.article_attention:
+            batch["article_ids"] = (torch.rand(shape, generator=generator) < 0.2).cumsum(1).to(torch.int32)
+        return batch
+
+    def hyperparameters(self, model: Any, step: int, lr: float = 1e-3) -> Tensor:
+        optimizer = type(self.plan.optimizer)
+        work = torch.float64 if self.plan.precision.parameters == "float64" else torch.float32
+        settings = optimizer.Config(lr=lr)
+        return hyperparameter_table(list(model.parameters()), optimizer, settings, step=step, lr=lr, dtype=work)
+
+
+Compile = Callable[..., Compiled]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a small Llama config.json; keyword arguments change fields."""
+    import json
+
+    def write(**fields: Any) -> Path:
+        folder = tmp_path_factory.mktemp("config")
+        config = {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 96,
+            "max_position_embeddings": 64,
+        }
+        (folder / "config.json").write_text(json.dumps(config | fields))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def plan_of(tiny_config: Callable[..., Path]) -> Callable[..., StepPlan]:
+    """The plan of a small step; `settings` are written as on the command line, keywords change the model."""
+
+    def plan(*settings: str, **fields: Any) -> StepPlan:
+        shape = ["training.batch_size=2", "model.max_seq_length=16", "compile.arch=cpu"]
+        return plan_step(parse(["command=compile", f"checkpoint.config_name={tiny_config(**fields)}", *shape, *settings]))
+
+    return plan
+
+
+@pytest.fixture(scope="session")
+def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """Compiles a small step once per session and setting."""
+    made: dict[str, Compiled] = {}
+
+    def compile_once(*settings: str, rules: tuple[dict[str, Any], ...] = (), **fields: Any) -> Compiled:
+        key = repr((settings, rules, fields))
+        if key not in made:
+            written = ", ".join("{" + ", ".join(f"{k}: {v!r}" for k, v in rule.items()) + "}" for rule in rules)
+            plan = plan_of(*settings, f"backend.rules=[{written}]", **fields)
+            path = tmp_path_factory.mktemp("artifact") / plan.spec.file_name
+            path.write_bytes(build(plan.model, plan.spec, plan.optimizer, plan.precision))
+            made[key] = Compiled(plan, open_artifact(path), list(rules))
+        return made[key]
+
+    return compile_once
+
+
+@pytest.fixture(scope="session")
+def tiny(compile_step: Compile) -> Compiled:
+    """The plain case in float64: rounding cannot hide a wrong formula."""
+    return compile_step("model.dtype=float64")
