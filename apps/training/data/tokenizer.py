@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from apps.training.data.articles import Messages
+from apps.training.data.hub import asking_the_hub
 from backends.errors import UserError
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -101,7 +103,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        with nullcontext() if Path(name).exists() else asking_the_hub(name):
+            loaded = AutoTokenizer.from_pretrained(name)
         backend = loaded.backend_tokenizer
     except Exception as error:  # missing files, foreign formats, no network: each has an error class of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]

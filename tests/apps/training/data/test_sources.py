@@ -135,5 +135,6 @@ def test_a_hub_name_without_a_network_is_one_clear_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, env=offline, capture_output=True, text=True, check=True
     )
-    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    assert done.stdout.startswith("Looking for 'somebody/some-dataset' on the Hugging Face hub")
     assert "As a Hugging Face dataset it cannot be loaded either: Couldn't reach 'somebody/some-dataset'" in done.stdout
