@@ -1,0 +1,52 @@
+"""What a run leaves: only the final weights' evaluation is the run's; a dataset without tokenizer is fine."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import modelzoo
+from apps.training.config import parse
+from apps.training.data.storage import open_dataset
+from apps.training.outcome import Outcome, save_outcome
+from apps.training.reporting.records import Evaluation, StepRecord
+
+RECORD = StepRecord(step=4, epoch=1, loss=2.0, lr=1e-3, num_tokens=8, num_counted=6, seconds=0.5, grad_norm=None)
+
+
+def outcome(**changes: object) -> Outcome:
+    made = Outcome(
+        title="demo on text",
+        overview="Number of epochs: 1",
+        routed_table="* dense",
+        num_parameters=10,
+        flops_per_step=2e12,
+        peak=None,
+        steps=[RECORD],
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_an_evaluation_of_earlier_weights_is_not_the_runs() -> None:
+    assert outcome().last_evaluation is None
+    assert outcome(evaluations=[Evaluation(2, 3.0, 6)]).last_evaluation is None
+    assert outcome(evaluations=[Evaluation(2, 3.0, 6), Evaluation(4, 2.5, 6)]).last_evaluation.loss == 2.5
+
+
+def test_utilisation_is_the_models_flops_over_the_devices_peak() -> None:
+    assert outcome().utilisation(RECORD) is None
+    assert outcome(peak=8e12).utilisation(RECORD) == pytest.approx(0.5)
+
+
+def test_without_a_tokenizer_there_is_a_checkpoint_and_a_report_but_no_sample(
+    settings: dict[str, str], tiny_dataset: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    dataset = dataclasses.replace(open_dataset(tiny_dataset, max_seq_length=32), folder=tmp_path)
+    config = parse([f"{key}={value}" for key, value in settings.items()])
+    model = modelzoo.build_model(modelzoo.load_config(config_name=tiny_model), dtype=torch.float32)
+    save_outcome(tmp_path / "out", outcome(), model, dataset, config, sample=True)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "config.json", "summary.txt", "loss.png", "report.html"} <= written
+    assert "tokenizer.json" not in written
+    assert "Sample text" not in (tmp_path / "out" / "report.html").read_text()

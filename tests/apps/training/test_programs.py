@@ -1,0 +1,76 @@
+"""What runs the step: which artifact is taken, what is said when there is none, and the memory it will need."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+
+from apps.training import programs
+from apps.training.config import parse
+from apps.training.config_schema import TrainConfig
+from apps.training.eager_program import EagerProgram
+from apps.training.models import load_weights
+from apps.training.programs import make_program, require_artifact, run_memory
+from apps.training.step_plan import StepPlan, plan_step
+from backends.errors import UserError
+from compiled.artifact import Artifact, Nearest
+from compiled.spec import FieldDifference
+
+
+@pytest.fixture
+def config(settings: dict[str, str], tmp_path: Path) -> TrainConfig:
+    changed = settings | {"compile.target": "inductor", "compile.output_dir": str(tmp_path / "artifacts")}
+    return parse([f"{key}={value}" for key, value in changed.items()])
+
+
+@pytest.fixture
+def plan(config: TrainConfig) -> StepPlan:
+    return plan_step(config)
+
+
+def eager(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, compile=dataclasses.replace(config.compile, target="eager"))
+
+
+def test_the_eager_twin_needs_no_artifact_and_updates_the_model_it_is_given(
+    config: TrainConfig, plan: StepPlan
+) -> None:
+    import torch
+
+    model = load_weights(config, plan.model_config, torch.device("cpu"))
+    assert require_artifact(eager(config), plan) is None
+    program = make_program(eager(config), plan, None, model)
+    assert isinstance(program, EagerProgram)
+    assert program.model is model
+
+
+def test_without_an_artifact_the_error_is_a_command_that_can_be_pasted(config: TrainConfig, plan: StepPlan) -> None:
+    with pytest.raises(UserError, match="There is no artifact in") as error:
+        require_artifact(config, plan)
+    pasted = shlex.split(str(error.value).partition("Compile one: ")[2])
+    assert pasted[:2] == ["python", "apps/train_llm.py"]
+    assert plan_step(parse(pasted[2:])).spec == plan.spec
+
+
+def test_the_nearest_artifact_is_shown_with_the_fields_that_differ(
+    config: TrainConfig, plan: StepPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nearest = Nearest(Artifact(Path("near.substrate"), {}), [FieldDifference("batch_size", 8, 4)])
+    monkeypatch.setattr(programs, "find", lambda folder, spec: nearest)
+    with pytest.raises(UserError) as error:
+        require_artifact(config, plan)
+    first, *table = str(error.value).splitlines()
+    assert "fits this run. Compile one: python apps/train_llm.py command=compile" in first
+    assert "near.substrate" in table[0]
+    assert table[-1].split() == ["batch_size", "|", "8", "|", "4"]
+
+
+def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig, plan: StepPlan) -> None:
+    artifact = Artifact(Path("a.substrate"), {"cost": {"activation_bytes": 1000, "head_bytes": 24}})
+    needed = run_memory(config, plan, artifact)
+    parameters = sum(parameter.numel() for parameter in plan.model.parameters())
+    assert needed.activations == 1024
+    assert needed.parameters == needed.gradients == 4 * parameters
+    assert needed.moments == 8 * parameters
+    assert run_memory(eager(config), plan, None).activations > 0
