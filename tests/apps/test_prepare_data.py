@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from apps.prepare_data import main, prepare_data, summary
+from apps.prepare_data import main, program, summary
 from apps.training.data.storage import open_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def text(tmp_path):
 
 
 def test_a_dataset_is_made_and_summed_up(text, tmp_path, capsys):
-    prepare_data([f"input={text}", f"output_dir={tmp_path / 'out'}", "vocab_size=300", "max_seq_length=16"])
+    program([f"input={text}", f"output_dir={tmp_path / 'out'}", "vocab_size=300", "max_seq_length=16"])
     printed = capsys.readouterr().out
     dataset = open_dataset(tmp_path / "out", max_seq_length=16, evaluate=True)
     for expected in ("rows", "bytes per token", "unigram entropy", dataset.metadata["input_sha256"]):
@@ -68,8 +68,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path, mon
 
 def test_help_and_mistakes_load_nothing_heavy():
     code = (
-        "import sys\nfrom apps.prepare_data import prepare_data\n"
-        "try:\n    prepare_data(sys.argv[1:])\nexcept (SystemExit, ValueError):\n    pass\n"
+        "import sys\nfrom apps.prepare_data import program\n"
+        "try:\n    program(sys.argv[1:])\nexcept (SystemExit, ValueError):\n    pass\n"
         "heavy = {'torch', 'transformers', 'datasets', 'h5py', 'tokenizers', 'pyarrow'} & sys.modules.keys()\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
