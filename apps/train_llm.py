@@ -24,6 +24,7 @@ from apps.training.cli import INTERRUPTED, run_main
 from apps.training.config import parse, to_yaml
 from apps.training.config_schema import TrainConfig
 from apps.training.reporting.output_folder import METRICS, MetricsFile, require_free, start_run
+from backends.errors import UserError
 
 if TYPE_CHECKING:
     from apps.training.data.loader import TrainLoader
@@ -86,6 +87,11 @@ def train(config: TrainConfig) -> int:
     device = open_device(plan.spec.device["kind"], config.run.num_threads)
     memory, free = run_memory(config, plan, artifact), available_memory(str(device))
     require_memory(memory, free, str(device))
+    num_parameters = sum(parameter.numel() for parameter in plan.model.parameters())
+    print(f"Model: {plan.model_name}, {num_parameters:,} parameters; dtypes: {plan.precision.table()}")
+    print(plan.routing.table())
+    print(f"Step: {artifact.path if artifact else 'eager, without an artifact'}")
+    print(f"Device: {describe(device)}; about {memory} needed, {gibibytes(free)} free", flush=True)
 
     # The data: rows in an order that the seed alone decides.
     settings = config.training
@@ -102,6 +108,9 @@ def train(config: TrainConfig) -> int:
         dataset, batch_size=settings.batch_size, seed=settings.seed, gradient_accumulation_steps=accumulation
     )
     count = count_steps(loader.steps_per_epoch, num_epochs=settings.num_epochs, max_steps=settings.max_steps)
+    print(f"Dataset: {dataset.folder}, {dataset.num_train_rows:,} train rows, {dataset.num_dev_rows:,} dev rows")
+    print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}")
+    print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
 
     # The weights, the program that updates them in place, and the recipe it is given, as tensors, at every step.
     model = load_weights(config, plan.model_config, device)
@@ -118,8 +127,7 @@ def train(config: TrainConfig) -> int:
         article_attention=config.model.article_attention,
     )
 
-    # What we are about to do.
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    # From here on we write. Ctrl-C lets the running step finish and everything be saved.
     positions = settings.batch_size * accumulation * length
     outcome = Outcome(
         title=f"{plan.model_name} on {dataset.folder.name}",
@@ -129,18 +137,7 @@ def train(config: TrainConfig) -> int:
         flops_per_step=positions * training_flops_per_token(plan.model_config, num_parameters, length),
         peak=peak_of(device, plan.precision.compute),
     )
-    print(f"Model: {plan.model_name}, {num_parameters:,} parameters; dtypes: {plan.precision.table()}")
-    print(outcome.routed_table)
-    print(f"Step: {artifact.path if artifact else 'eager, without an artifact'}")
-    print(f"Device: {describe(device)}; about {memory} needed, {gibibytes(free)} free")
-    print(
-        f"Dataset: {dataset.folder}, {dataset.num_train_rows:,} rows to train on, {dataset.num_dev_rows:,} to evaluate"
-    )
-    print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}")
-    print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}")
     print(outcome.overview, flush=True)
-
-    # From here on we write. Ctrl-C lets the running step finish and everything be saved.
     start_run(output, to_yaml(config))
     with StopRequest() as stop:
         is_finite = take_steps(config, trainer, loader, outcome, stop)
@@ -152,6 +149,8 @@ def train(config: TrainConfig) -> int:
 
 def take_steps(config: TrainConfig, trainer: Trainer, loader: TrainLoader, outcome: Outcome, stop: StopRequest) -> bool:
     """Train and evaluate; `outcome`, the CSV and the screen get every step. False when the loss is no longer finite."""
+    from torch import OutOfMemoryError
+
     from apps.training.data.loader import dev_batches
     from apps.training.progress import Progress
     from apps.training.reporting.lines import evaluation_line, live_fields, step_line
@@ -189,6 +188,10 @@ def take_steps(config: TrainConfig, trainer: Trainer, loader: TrainLoader, outco
         except NonFiniteLoss as error:
             progress.write(f"error: {error}", stream=sys.stderr)
             return False
+        except OutOfMemoryError as error:
+            raise UserError(
+                f"{str(error).splitlines()[0]} Lower training.batch_size or model.max_seq_length."
+            ) from error
     return True
 
 
