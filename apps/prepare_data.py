@@ -22,7 +22,6 @@ from apps.training.cli import run_main
 from apps.training.config import parse_dataclass
 from apps.training.data.options import PrepareOptions
 
-
 COUNTS = (  # a line of the table, and its key in metadata.yaml after train_ and dev_
     ("rows", "sequences"),
     ("articles", "articles"),

@@ -23,6 +23,7 @@ from apps.training.data.provenance import Content, origin, read_through, write_i
 from apps.training.data.sources import Source, open_source
 from apps.training.data.split import Split, split_articles
 from apps.training.data.spool import Spool
+from apps.training.data.storage import METADATA
 from apps.training.data.tokenizer import Tokenizer, check_vocab_size, copy_tokenizer, load_tokenizer, train_tokenizer
 from apps.training.data.writing import write_checksums, write_metadata
 from apps.training.files import atomic_folder, is_filled
@@ -44,8 +45,7 @@ class Prepared:
 def prepare(options: PrepareOptions) -> Prepared:
     """Make the dataset. Raises UserError, leaving nothing behind, when input or settings are wrong."""
     folder = options.folder
-    if is_filled(folder) and not options.overwrite:
-        raise UserError(f"'{folder}' is not empty. Give another output_dir, or replace it with overwrite=true.")
+    _refuse_other_things(folder, options.overwrite)
     given = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
     if given is None:
         check_vocab_size(options.vocab_size)
@@ -81,6 +81,18 @@ def default_dataset(max_seq_length: int, vocab_size: int) -> Path:
             if not is_filled(options.folder):  # otherwise another process made it meanwhile
                 raise
     return options.folder
+
+
+def _refuse_other_things(folder: Path, overwrite: bool) -> None:
+    """Only a dataset may be replaced, and only when told: a mistyped output_dir must not cost anybody a folder."""
+    if not is_filled(folder):
+        return
+    if not overwrite:
+        raise UserError(f"'{folder}' is not empty. Give another output_dir, or replace it with overwrite=true.")
+    if not (folder / METADATA).is_file():
+        raise UserError(
+            f"'{folder}' is not empty and no dataset, so overwrite=true spares it. Give another output_dir."
+        )
 
 
 def _style(options: PrepareOptions, tokenizer: Tokenizer | None) -> Style:

@@ -206,6 +206,12 @@ def test_a_filled_folder_is_refused_and_replaced_when_told(texts, make, tmp_path
     assert not list(tmp_path.glob(".*"))
 
 
+def test_overwriting_spares_what_is_no_dataset(texts, make, tmp_path):
+    with pytest.raises(UserError, match="not empty and no dataset"):
+        make(".", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
