@@ -82,7 +82,7 @@ class FieldDifference:
 def difference(artifact: dict[str, Any], run: dict[str, Any]) -> list[FieldDifference]:
     """The fields in which two specs (as JSON) differ; a CPU artifact fits any CPU with the features it was made for."""
     found = []
-    left, right = _flatten(artifact), _flatten(run)
+    left, right = flatten(artifact), flatten(run)
     for name in sorted(left.keys() | right.keys()):
         ours, theirs = left.get(name, "–"), right.get(name, "–")
         if name == "model_name" or ours == theirs:
@@ -138,11 +138,12 @@ def describe_versions(kind: str) -> dict[str, str]:
     return versions
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested fields by dotted name."""
     if isinstance(value, dict):
         flat: dict[str, Any] = {}
         for key, item in value.items():
-            flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+            flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
         return flat
     return {prefix: value}
 
