@@ -8,6 +8,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apps.train_llm import program
@@ -154,3 +155,17 @@ def test_a_mistake_in_the_settings_is_answered_before_pytorch_is_imported(tmp_pa
     assert "optimizer.lr" in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_runs_out_of_memory_all_the_same_is_one_line_too(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation.")
+
+    monkeypatch.setattr("apps.training.eager_program.EagerProgram.train_step", exhausted)
+    assert run_main(program, [f"{key}={value}" for key, value in settings.items()]) == 2
+    error = (
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB. Lower training.batch_size or model.max_seq_length.\n"
+    )
+    assert capsys.readouterr().err == error
