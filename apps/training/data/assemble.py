@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from apps.training.data.options import PrepareOptions
-from apps.training.data.packing import Packer, Rows
+from apps.training.data.packing import Overflow, Packer, Rows, fit
 from apps.training.data.split import Split, Stretches, cut_tails, in_shuffled_order
 from apps.training.data.spool import Spool
 from apps.training.data.statistics import UnigramCounts
@@ -34,10 +34,10 @@ def write_splits(
     unigrams = UnigramCounts(tokenizer.vocab_size)
 
     def write(name: str, stretches: Stretches, num_files: int, count: Callable[[Rows], None]) -> dict[str, Any]:
-        packer = Packer(options.max_seq_length, tokenizer.pad_id, options.packing, options.overflow)
+        packer = Packer(options.max_seq_length, tokenizer.pad_id, options.packing)
         writer = SplitWriter(folder, name, num_files, options.max_seq_length)
         with writer, Progress(int(stretches.lengths.sum()), f"packing {name}", "tokens") as progress:
-            for rows in _pack(spool, stretches, packer):
+            for rows in _pack(spool, stretches, packer, options.overflow):
                 writer.write(rows)
                 count(rows)
                 progress.update(packer.counts.input_tokens - progress.done)
@@ -59,10 +59,24 @@ def write_splits(
     return metadata | unigrams.as_metadata()
 
 
-def _pack(spool: Spool, stretches: Stretches, packer: Packer) -> Iterator[Rows]:
-    """Rows of the stretches, a bounded number of tokens at a time."""
+def _pack(spool: Spool, stretches: Stretches, packer: Packer, overflow: Overflow) -> Iterator[Rows]:
+    """Rows of the stretches, a bounded number of tokens at a time, however long a stretch is."""
+    if packer.packing == "full":
+        stretches = _in_parts(stretches, _TOKENS_AT_ONCE)
+    else:
+        first, kept = fit(stretches.lengths, packer.max_seq_length, overflow)
+        packer.drop(int(stretches.lengths.sum() - kept.sum()))
+        stretches = Stretches((stretches.starts + first)[kept > 0], kept[kept > 0])
     portion = np.cumsum(stretches.lengths) // _TOKENS_AT_ONCE
     bounds = np.flatnonzero(np.diff(portion)) + 1
     for starts, lengths in zip(np.split(stretches.starts, bounds), np.split(stretches.lengths, bounds), strict=True):
         yield packer.add(spool.take(starts, lengths))
     yield packer.finish()
+
+
+def _in_parts(stretches: Stretches, most: int) -> Stretches:
+    """The same tokens in the same order, in stretches of at most `most`."""
+    parts = -(-stretches.lengths // most)
+    offsets = (np.arange(int(parts.sum())) - np.repeat(np.cumsum(parts) - parts, parts)) * most
+    rest = np.repeat(stretches.lengths, parts) - offsets
+    return Stretches(np.repeat(stretches.starts, parts) + offsets, np.minimum(rest, most))

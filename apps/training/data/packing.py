@@ -60,22 +60,25 @@ class Counts:
 
 
 class Packer:
-    """Packs articles that come in portions; the rows do not depend on how they were portioned."""
+    """Packs articles that come in portions; the rows do not depend on how they were portioned.
 
-    def __init__(
-        self, max_seq_length: int, pad_id: int, packing: Packing = "full", overflow: Overflow = "drop"
-    ) -> None:
-        self.max_seq_length, self.pad_id, self.packing, self.overflow = max_seq_length, pad_id, packing, overflow
+    In greedy and single every article must have at most max_seq_length tokens: see fit().
+    """
+
+    def __init__(self, max_seq_length: int, pad_id: int, packing: Packing = "full") -> None:
+        self.max_seq_length, self.pad_id, self.packing = max_seq_length, pad_id, packing
         self.counts = Counts()
         self._rest = Articles(np.empty(0, np.int32), np.empty(0, np.int8), np.empty(0, np.int64))
 
+    def drop(self, num_tokens: int) -> None:
+        """Count tokens that were left out because their article was too long."""
+        self.counts.input_tokens += num_tokens
+        self.counts.tokens_dropped_from_packing += num_tokens
+
     def add(self, articles: Articles) -> Rows:
         """Return the rows that `articles`, after what was left from before, complete."""
+        assert self.packing == "full" or (articles.lengths <= self.max_seq_length).all()
         self.counts.input_tokens += len(articles.ids)
-        if self.packing != "full":
-            kept = fit(articles, self.max_seq_length, self.overflow)
-            self.counts.tokens_dropped_from_packing += len(articles.ids) - len(kept.ids)
-            articles = kept
         return self._pack(_concatenate(self._rest, articles), last=False)
 
     def finish(self) -> Rows:
@@ -121,16 +124,12 @@ class Packer:
         return kept
 
 
-def fit(articles: Articles, max_seq_length: int, overflow: Overflow) -> Articles:
-    """Make every article at most max_seq_length long, the way `overflow` says; one dropped leaves length 0."""
-    lengths = articles.lengths
-    kept = np.minimum(lengths, max_seq_length)
+def fit(lengths: np.ndarray, max_seq_length: int, overflow: Overflow) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for articles of these lengths, the first token to keep and how many (0: the article is dropped)."""
     if overflow == "drop":
-        kept = np.where(lengths > max_seq_length, 0, lengths)
-    first = lengths - kept if overflow == "truncate_left" else np.zeros_like(lengths)
-    place = np.arange(len(articles.ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # place in its article
-    inside = (place >= np.repeat(first, lengths)) & (place < np.repeat(first + kept, lengths))
-    return Articles(articles.ids[inside], articles.types[inside], kept[kept > 0])
+        return np.zeros_like(lengths), np.where(lengths > max_seq_length, 0, lengths)
+    kept = np.minimum(lengths, max_seq_length)
+    return lengths - kept if overflow == "truncate_left" else np.zeros_like(lengths), kept
 
 
 def _lay_out(lengths: np.ndarray, max_seq_length: int, packing: Packing) -> tuple[np.ndarray, int]:

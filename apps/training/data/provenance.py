@@ -36,7 +36,7 @@ def read_through(source: Source) -> Content:
     """Read everything once, so that a bad line shows before anything is written. UserError when there is no text."""
     sizes, size = array("q"), 0
     digest = hashlib.sha256()
-    with Progress(None, "reading", "bytes") as progress:
+    with Progress(source.num_bytes, "reading", "bytes") as progress:
         for piece in source.pieces():
             texts = [segment.text.encode() for segment in piece.segments]
             for segment, text in zip(piece.segments, texts, strict=True):

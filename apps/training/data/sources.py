@@ -43,6 +43,12 @@ class Source:
     files: tuple[tuple[str, Path], ...]
     pieces: Callable[[], Iterator[Piece]]
 
+    @property
+    def num_bytes(self) -> int | None:
+        """About how much text there is; None where the files do not tell."""
+        plain = self.files and not any(path.suffix in (".parquet", *_TABLES) for _, path in self.files)
+        return sum(path.stat().st_size for _, path in self.files) if plain else None
+
 
 def open_source(given: str, style: Style, *, split: str = "train", subset: str | None = None) -> Source:
     """Find what `given` names. Reads nothing yet but folders' listings; UserError when there is no such thing."""
