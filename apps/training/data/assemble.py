@@ -18,7 +18,7 @@ from apps.training.data.writing import SplitWriter
 from apps.training.progress import Progress
 from backends.errors import UserError
 
-_TOKENS_AT_ONCE = 2**22
+_TOKENS_AT_ONCE = 2**20  # packing needs some 50 bytes of memory for each
 
 
 def write_splits(
