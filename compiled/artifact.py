@@ -5,12 +5,13 @@ the sha256 of every member, and the zip's comment that of the manifest, so that 
 before any of its code runs.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,20 +85,10 @@ def open_artifact(path: Path) -> Artifact:
         raise UserError(
             f"No artifact at '{path}'. Give an existing {SUFFIX} file, or compile one with command=compile."
         )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            text = archive.read("manifest.json")
-            if hashlib.sha256(text).hexdigest().encode() != archive.comment:
-                raise UserError(
-                    f"Artifact {path} is altered: its manifest's sha256 is not the recorded one; {_COMPILE_AGAIN}"
-                )
-            manifest = json.loads(text)
-            for name, digest in manifest["members"].items():
-                _verified(archive, name, digest, path)
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, EOFError, OSError) as error:
-        raise UserError(
-            f"'{path}' is not a complete artifact ({type(error).__name__}: {error}); {_COMPILE_AGAIN}"
-        ) from None
+    with _reading(path) as archive:
+        manifest = _manifest(archive, path)
+        for name, digest in manifest["members"].items():
+            _verified(archive, name, digest, path)
     schema = str(manifest["spec"]["versions"].get("schema"))
     if schema != str(SCHEMA_VERSION):
         raise UserError(
@@ -110,13 +101,6 @@ def read_member(artifact: Artifact, name: str) -> bytes:
     """One member's content, for people who inspect an artifact."""
     with zipfile.ZipFile(artifact.path) as archive:
         return archive.read(name)
-
-
-def _verified(archive: zipfile.ZipFile, name: str, digest: str, path: Path) -> bytes:
-    content = archive.read(name)
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise UserError(f"Artifact {path} is altered: the sha256 of {name} is not the recorded one; {_COMPILE_AGAIN}")
-    return content
 
 
 @dataclass(frozen=True)
@@ -155,10 +139,35 @@ def find(folder: Path, spec: StepSpec) -> Artifact | Nearest | None:
 
 def peek(path: Path) -> dict[str, Any]:
     """The manifest alone, without verifying the machine code: enough to compare specs."""
+    with _reading(path) as archive:
+        return _manifest(archive, path)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The zip at `path`; whatever reading it raises is a `UserError`."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read("manifest.json"))
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError, EOFError, OSError) as error:
+            yield archive
+    except UserError:
+        raise
+    except Exception as error:  # zipfile answers damage with a dozen kinds: of zlib, struct, codecs, seeks, versions
         raise UserError(
             f"'{path}' is not a complete artifact ({type(error).__name__}: {error}); {_COMPILE_AGAIN}"
         ) from None
+
+
+def _manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
+    """The manifest as `pack` wrote it: its sha256 is the zip's comment."""
+    text = archive.read("manifest.json")
+    if hashlib.sha256(text).hexdigest().encode() != archive.comment:
+        raise UserError(f"Artifact {path} is altered: its manifest's sha256 is not the recorded one; {_COMPILE_AGAIN}")
+    manifest: dict[str, Any] = json.loads(text)
+    return manifest
+
+
+def _verified(archive: zipfile.ZipFile, name: str, digest: str, path: Path) -> bytes:
+    content = archive.read(name)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"Artifact {path} is altered: the sha256 of {name} is not the recorded one; {_COMPILE_AGAIN}")
+    return content
