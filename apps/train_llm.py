@@ -108,7 +108,8 @@ def train(config: TrainConfig) -> int:
         dataset, batch_size=settings.batch_size, seed=settings.seed, gradient_accumulation_steps=accumulation
     )
     count = count_steps(loader.steps_per_epoch, num_epochs=settings.num_epochs, max_steps=settings.max_steps)
-    print(f"Dataset: {dataset.folder}, {dataset.num_train_rows:,} train rows, {dataset.num_dev_rows:,} dev rows")
+    rows = f"{dataset.num_train_rows:,} train rows ({loader.unused_rows} left over in each epoch, others every time)"
+    print(f"Dataset: {dataset.folder}, {rows}, {dataset.num_dev_rows:,} dev rows")
     print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}")
     print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
 

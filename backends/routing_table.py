@@ -41,7 +41,7 @@ def plain_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str
 
 def count_text(value: float) -> str:
     """1234567 → '1.23 M'."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
     return f"{value:.0f}"

@@ -13,6 +13,8 @@ from apps.training.trainer import Program
 from backends.errors import UserError
 from backends.precision import BITS, as_torch
 from compiled.artifact import Artifact, Nearest, find, open_artifact
+from compiled.cuda_graph import GraphedProgram
+from compiled.program import CompiledProgram
 from compiled.spec import difference_table
 
 
@@ -45,10 +47,22 @@ def make_program(config: TrainConfig, plan: StepPlan, artifact: Artifact | None,
     precision = plan.precision
     if artifact is None:
         return EagerProgram(model, optimizer=config.optimizer.name, precision=precision)
-    from compiled.program import CompiledProgram
-
     master = None if precision.master == "none" else as_torch(precision.master)
-    return CompiledProgram(artifact, model, moments_dtype=as_torch(precision.moments), master_dtype=master)
+    return _program_class(config.run.cuda_graph, artifact)(
+        artifact, model, moments_dtype=as_torch(precision.moments), master_dtype=master
+    )
+
+
+def _program_class(cuda_graph: str, artifact: Artifact) -> type[CompiledProgram]:
+    """Replayed as one CUDA graph, or region by region."""
+    if artifact.device_type != "cuda":
+        if cuda_graph == "on":
+            raise UserError(
+                f"run.cuda_graph=on needs a CUDA artifact, {artifact.path} is for the {artifact.device_type}. "
+                "Use run.cuda_graph=auto."
+            )
+        return CompiledProgram
+    return CompiledProgram if cuda_graph == "off" else GraphedProgram
 
 
 def run_memory(config: TrainConfig, plan: StepPlan, artifact: Artifact | None) -> MemoryEstimate:

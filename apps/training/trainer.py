@@ -99,8 +99,8 @@ class Trainer:
 
     @cached_property
     def loss_dtype(self) -> torch.dtype:
-        """The dtype of logits and loss, and so of grad_scale."""
-        return as_torch(self.precision.logits)
+        """The dtype of grad_scale: the logits', or at least float32 (1/N in bfloat16 would be off by up to 0.4 %)."""
+        return as_torch(at_least_float32(self.precision.logits))
 
     @cached_property
     def update_dtype(self) -> torch.dtype:

@@ -13,7 +13,7 @@ import modelzoo
 from apps.training.config import parse
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.step_plan import StepPlan, plan_step
-from backends.precision import as_torch
+from backends.precision import as_torch, at_least_float32
 from backends.routing import route
 from compiled.artifact import Artifact, open_artifact
 from compiled.build import build
@@ -48,7 +48,7 @@ class Compiled:
         shape = (self.plan.spec.batch_size, self.plan.spec.max_seq_length)
         vocabulary = self.plan.model_config.vocab_size
         mask = torch.rand(shape, generator=generator) < counted
-        scale = mask.to(as_torch(self.plan.precision.logits)) / (of or max(int(mask.sum()), 1))
+        scale = mask.to(as_torch(at_least_float32(self.plan.precision.logits))) / (of or max(int(mask.sum()), 1))
         batch = {
             "input_ids": torch.randint(0, vocabulary, shape, generator=generator),
             "labels": torch.randint(0, vocabulary, shape, generator=generator),
@@ -97,7 +97,10 @@ def plan_of(tiny_config: Callable[..., Path]) -> Callable[..., StepPlan]:
 
     def plan(*settings: str, **fields: Any) -> StepPlan:
         shape = ["training.batch_size=2", "model.max_seq_length=16", "compile.arch=cpu"]
-        return plan_step(parse(["command=compile", f"checkpoint.config_name={tiny_config(**fields)}", *shape, *settings]))
+        shape = [default for default in shape if not any(s.startswith(default.split("=")[0]) for s in settings)]
+        return plan_step(
+            parse(["command=compile", f"checkpoint.config_name={tiny_config(**fields)}", *shape, *settings])
+        )
 
     return plan
 
