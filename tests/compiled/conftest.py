@@ -1,5 +1,7 @@
 """One small compiled step for the whole room: compiling takes seconds, so tests share artifacts and copy models."""
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import modelzoo
@@ -107,16 +110,23 @@ def plan_of(tiny_config: Callable[..., Path]) -> Callable[..., StepPlan]:
 
 @pytest.fixture(scope="session")
 def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Compiles a small step once per session and setting."""
+    """Compiles a small step once per session and setting, also where several workers run the tests."""
     made: dict[str, Compiled] = {}
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def compile_once(*settings: str, rules: tuple[dict[str, Any], ...] = (), **fields: Any) -> Compiled:
         key = repr((settings, rules, fields))
         if key not in made:
             written = ", ".join("{" + ", ".join(f"{k}: {v!r}" for k, v in rule.items()) + "}" for rule in rules)
             plan = plan_of(*settings, f"backend.rules=[{written}]", **fields)
-            path = tmp_path_factory.mktemp("artifact") / plan.spec.file_name
-            path.write_bytes(build(plan.model, plan.spec, plan.optimizer, plan.precision))
+            # A setting that is not part of the step must still be compiled afresh: the name holds what was asked for.
+            path = shared / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}-{plan.spec.key}.substrate"
+            with FileLock(shared / "compile.lock"):  # one at a time: a compile takes every core
+                if not path.exists():
+                    content = build(plan.model, plan.spec, plan.optimizer, plan.precision)
+                    path.with_suffix(".part").write_bytes(content)
+                    path.with_suffix(".part").rename(path)
             made[key] = Compiled(plan, open_artifact(path), list(rules))
         return made[key]
 
