@@ -32,8 +32,11 @@ class Captured:
     @property
     def identity(self) -> str:
         """Equal for two regions that compute the same thing on the same inputs: the hash of graph and input specs."""
-        text = self.graph.code + "".join(f"{spec.name}:{spec}" for spec in (*self.spec.inputs, *self.spec.outputs))
-        return hashlib.sha256(text.encode()).hexdigest()
+        specs = [f"{spec.name}:{spec}" for spec in (*self.spec.inputs, *self.spec.outputs)]
+        code = [str(part.code) for part in self.graph.modules() if isinstance(part, GraphModule)]
+        # a table a backend baked in is only named in the code; its values make another region
+        constants = [f"{name}:{table.dtype}{table.tolist()}" for name, table in self.graph.named_buffers()]
+        return hashlib.sha256("\n".join([*code, *specs, *constants]).encode()).hexdigest()
 
 
 @dataclass

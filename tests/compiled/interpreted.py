@@ -1,0 +1,41 @@
+"""Captured graphs run by the interpreter on real tensors: what was traced, without any compiler."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from compiled.capture import Captured
+from compiled.regions import TensorSpec
+
+
+def run(captured: Captured, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs by name; inputs are picked by name, and inputs and outputs have to be what the spec says."""
+    inputs = [tensors[spec.name] for spec in captured.spec.inputs]
+    for spec, tensor in zip(captured.spec.inputs, inputs, strict=True):
+        assert spec.matches(tensor, "cpu"), f"{captured.spec.name}: {spec.name} is {spec}"
+    outputs = captured.graph(*inputs)
+    for spec, tensor in zip(captured.spec.outputs, outputs, strict=True):
+        assert spec.matches(tensor, "cpu"), f"{captured.spec.name} gives {spec.name} as {spec}"
+    return {spec.name: tensor for spec, tensor in zip(captured.spec.outputs, outputs, strict=True)}
+
+
+def random_tensor(spec: TensorSpec, seed: int, below: int = 90) -> Tensor:
+    """Normal numbers, or ids in [0, below), of a spec's shape and dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(spec.shape, generator=generator, dtype=dtype)
+    return torch.randint(0, 2 if dtype == torch.bool else below, spec.shape, generator=generator).to(dtype)
+
+
+def random_inputs(captured: Captured) -> dict[str, Tensor]:
+    return {spec.name: random_tensor(spec, seed) for seed, spec in enumerate(captured.spec.inputs)}
+
+
+def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float = 1e-12) -> None:
+    """The same names, and each within `tolerance` of the other side's norm."""
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        distance = float((ours[name].double() - value.double()).norm())
+        assert distance <= tolerance * max(float(value.double().norm()), 1e-30), f"{name} is off by {distance}"
