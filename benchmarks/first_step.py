@@ -34,9 +34,8 @@ def main() -> None:
         environment = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CUDA_HOME")}
         environment |= {"PATH": str(empty), "HOME": "/proc/self/nowhere", "TMPDIR": str(temporary)}
         environment |= {"TORCHINDUCTOR_CACHE_DIR": str(caches), "TRITON_CACHE_DIR": str(caches / "triton")}
-        subprocess.run(
-            [sys.executable, __file__, "child", str(artifact.path), *settings], env=environment, check=True, cwd=ROOT
-        )
+        command = [sys.executable, __file__, "child", str(artifact.path), *settings]
+        subprocess.run(command, env=environment, check=True, cwd=ROOT)
         print(json.dumps({"files left in the caches": sum(path.is_file() for path in caches.rglob("*"))}))
 
 

@@ -57,6 +57,9 @@ class Artifact:
 
         regions = {}
         with zipfile.ZipFile(self.path) as archive, tempfile.TemporaryDirectory(prefix="substrate-load-") as folder:
+            host = {name: digest for name, digest in self.manifest["members"].items() if name.startswith("host/")}
+            modules = {name: _verified(archive, name, digest, self.path) for name, digest in host.items()}
+            lowering.install_host_modules({name.removeprefix("host/"): modules[name] for name in modules})
             for name, spec in self.region_specs().items():
                 file = Path(folder) / Path(spec.file).name
                 file.write_bytes(_verified(archive, spec.file, spec.sha256, self.path))

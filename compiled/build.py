@@ -43,6 +43,8 @@ def build(
             region.file = f"regions/{name}"
             files[region.file] = (Path(folder) / name).read_bytes()
             region.sha256 = hashlib.sha256(files[region.file]).hexdigest()
+    for name, content in lowering.host_modules(spec.device["kind"]).items():
+        files[f"host/{name}"] = content
     manifest = {
         "spec": spec.to_json(),
         "regions": {name: region.to_json() for name, region in specs.items()},
@@ -72,13 +74,14 @@ def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec
             runs[group["direct"]] = runs.get(group["direct"], 0) + 1
     hidden = regions[schedule.embed["forward"]].outputs[0].bytes
     saved = [regions[entry["forward"]].saved_bytes for entry in schedule.blocks]
-    chunk_tokens = spec.batch_size * spec.max_seq_length // spec.head_chunks
-    vocabulary = max(entry.shape[0] for entry in regions["head_train"].inputs if len(entry.shape) == 2)
+    head = {entry.name: entry for entry in regions["head_train"].inputs}
+    # the projection's weight, the largest the head has; the logits are at least as wide as the weights of their loss
+    vocabulary = max(head[name].shape[0] for name in schedule.head["parameters"] if len(head[name].shape) == 2)
     return {
         "flops": sum(regions[name].flops * count for name, count in runs.items()),
         "bytes": sum(regions[name].bytes * count for name, count in runs.items()),
         "activation_bytes": hidden * (len(saved) + 1) + (max(saved) if recompute else sum(saved)),
-        "head_bytes": 3 * chunk_tokens * vocabulary * 4,
+        "head_bytes": 3 * vocabulary * head["grad_scale"].bytes,
     }
 
 

@@ -153,6 +153,41 @@ def load(path: Path, device_type: str) -> RunFunction:
     return runner.run
 
 
+def host_modules(device_type: str) -> dict[str, bytes]:
+    """What a run on the device builds with a C compiler on first use, already built: file name → content.
+
+    On CUDA that is Triton's bridge to the driver. The artifact carries it, so that a run needs no compiler.
+    """
+    if device_type != "cuda":
+        return {}
+    from triton.runtime import driver
+
+    built: Any = driver.active.utils.load_binary  # a function of the extension module Triton compiled
+    path = Path(built.__self__.__file__)
+    return {f"{path.parent.name}/{path.name}": path.read_bytes()}
+
+
+def install_host_modules(modules: dict[str, bytes]) -> None:
+    """Let Triton load the `host_modules` of an artifact from where it looks for its own, unless it has them already."""
+    if not modules:
+        return
+    from triton.runtime import driver
+
+    with tempfile.TemporaryDirectory(prefix="substrate-triton-") as folder:
+        for name, content in modules.items():
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        before = os.environ.get("TRITON_CACHE_DIR")
+        os.environ["TRITON_CACHE_DIR"] = folder
+        try:
+            assert driver.active.utils  # loaded now, for as long as the process lives
+        finally:
+            del os.environ["TRITON_CACHE_DIR"]
+            if before is not None:
+                os.environ["TRITON_CACHE_DIR"] = before
+
+
 def _load_cuda(path: Path) -> RunFunction:
     from torch._inductor import CompiledArtifact
 

@@ -7,6 +7,7 @@ enter the compiled step as tensors or happen between regions, so one artifact se
 
 import hashlib
 import json
+import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def describe_versions(kind: str) -> dict[str, str]:
     versions = {"schema": str(SCHEMA_VERSION), "torch": importlib.metadata.version("torch")}
     if kind == "cuda":
         versions["triton"] = importlib.metadata.version("triton")
+        versions["python"] = ".".join(platform.python_version_tuple()[:2])  # its bundles hold Python code
     return versions
 
 
