@@ -75,7 +75,7 @@ def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec
     hidden = regions[schedule.embed["forward"]].outputs[0].bytes
     saved = [regions[entry["forward"]].saved_bytes for entry in schedule.blocks]
     head = {entry.name: entry for entry in regions["head_train"].inputs}
-    # the projection's weight, the largest the head has; the logits are at least as wide as the weights of their loss
+    # rows of the projection, the widest of the head's matrices; a logit is as wide as its token's grad_scale
     vocabulary = max(head[name].shape[0] for name in schedule.head["parameters"] if len(head[name].shape) == 2)
     return {
         "flops": sum(regions[name].flops * count for name, count in runs.items()),
