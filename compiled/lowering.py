@@ -154,7 +154,7 @@ def load(path: Path, device_type: str) -> RunFunction:
 
 
 def host_modules(device_type: str) -> dict[str, bytes]:
-    """What a run on the device builds with a C compiler on first use, already built: file name → content.
+    """What a run builds with a C compiler on first use, already built: file name → content.
 
     On CUDA that is Triton's bridge to the driver. The artifact carries it, so that a run needs no compiler.
     """
@@ -162,30 +162,37 @@ def host_modules(device_type: str) -> dict[str, bytes]:
         return {}
     from triton.runtime import driver
 
-    built: Any = driver.active.utils.load_binary  # a function of the extension module Triton compiled
+    built: Any = driver.active.utils.load_binary  # a function of the extension module that Triton compiled
     path = Path(built.__self__.__file__)
-    return {f"{path.parent.name}/{path.name}": path.read_bytes()}
+    return {path.name: path.read_bytes()}
 
 
 def install_host_modules(modules: dict[str, bytes]) -> None:
-    """Let Triton load the `host_modules` of an artifact from where it looks for its own, unless it has them already."""
+    """Let Triton load the `host_modules` of an artifact where it would build its own, unless it has them already.
+
+    Triton's cache would not do: its key holds what the program `file` says of Python, and changes with the PATH.
+    """
     if not modules:
         return
+    from triton import knobs
     from triton.runtime import driver
 
-    with tempfile.TemporaryDirectory(prefix="substrate-triton-") as folder:
-        for name, content in modules.items():
-            path = Path(folder) / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        before = os.environ.get("TRITON_CACHE_DIR")
-        os.environ["TRITON_CACHE_DIR"] = folder
-        try:
+    def take(name: str, source: str, folder: str, *_: Any, **__: Any) -> str:
+        path = Path(folder) / next(file for file in modules if file.split(".")[0] == name)
+        path.write_bytes(modules[path.name])
+        return str(path)
+
+    before, knobs.build.impl = knobs.build.impl, take
+    cache = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        with tempfile.TemporaryDirectory(prefix="substrate-triton-") as folder:
+            os.environ["TRITON_CACHE_DIR"] = folder
             assert driver.active.utils  # loaded now, for as long as the process lives
-        finally:
-            del os.environ["TRITON_CACHE_DIR"]
-            if before is not None:
-                os.environ["TRITON_CACHE_DIR"] = before
+    finally:
+        knobs.build.impl = before
+        del os.environ["TRITON_CACHE_DIR"]
+        if cache is not None:
+            os.environ["TRITON_CACHE_DIR"] = cache
 
 
 def _load_cuda(path: Path) -> RunFunction:
