@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import modelzoo
 from apps.training.config_schema import TrainConfig
 from apps.training.optimizers import Optimizer
 from apps.training.optimizers import load as load_optimizer
+from backends import layers, state
 from backends.errors import UserError
 from backends.precision import PrecisionPolicy
 from backends.routing import Plan, route
@@ -149,15 +151,8 @@ def vars_of(settings: Any) -> dict[str, Any]:
 
 
 def _written(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_written(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_written(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, bool) or value is None:
-        return str(value).lower() if value is not None else "null"
-    if isinstance(value, str) and any(character in value for character in "*[]{}:, "):
-        return f'"{value}"'
-    return str(value)
+    """A setting as the command line takes it: a text is itself, anything else YAML, of which JSON is a part."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _graph_fields(model_config: Any) -> dict[str, Any]:
@@ -187,9 +182,13 @@ def _precision_fields(precision: PrecisionPolicy) -> dict[str, str]:
 
 
 def _source_fingerprint() -> str:
-    """Of the code that makes graphs (the zoo, the compile room): another version of it makes other artifacts."""
+    """Of the code that makes graphs (zoo, compile room, the layers that call a backend): another one, other artifacts.
+
+    What a backend computes with is in its own fingerprint, so that editing one backend leaves the others' artifacts.
+    """
     folders = [Path(module.__path__[0]) for module in (modelzoo, compiled)]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    files += [Path(str(module.__file__)) for module in (layers, state)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
