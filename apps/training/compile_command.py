@@ -22,24 +22,22 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
     target = Path(config.compile.output_dir) / plan.spec.file_name
     _require_writable(target.parent)
     debug = target.with_suffix(".debug") if config.compile.debug else None
-    progress: Progress | None = None
+    # from before the tracing, so that the first region's time counts; how many there are is known with the first
+    with Progress(None, "Compiling", "regions", mode=config.logging.progress) as progress:
 
-    def report(region: RegionSpec, done: int, total: int) -> None:
-        nonlocal progress
-        progress = progress or Progress(total, "compiling", "regions")
-        progress.update(1, last=region.name)
+        def report(region: RegionSpec, done: int, total: int) -> None:
+            progress.total = total
+            progress.update(1, last=region.name)
 
-    content = build(
-        plan.model,
-        plan.spec,
-        plan.optimizer,
-        plan.precision,
-        workers=config.compile.workers,
-        debug=debug,
-        report=report,
-    )
-    if progress is not None:
-        progress.close()
+        content = build(
+            plan.model,
+            plan.spec,
+            plan.optimizer,
+            plan.precision,
+            workers=config.compile.workers,
+            debug=debug,
+            report=report,
+        )
     with atomic_path(target) as temporary:
         temporary.write_bytes(content)
     return open_artifact(target)
