@@ -56,6 +56,10 @@ def child(path: Path, settings: list[str]) -> None:
     plan = plan_step(config)
     device = torch.device(plan.spec.device["kind"])
     if device.type == "cuda":
+        import torch._inductor.compile_fx
+        import torch._inductor.standalone_compile
+        import triton  # noqa: F401
+
         torch.zeros(1, device=device)
     imports = time.perf_counter() - started
     model = modelzoo.build_model(plan.model_config, device=device, dtype=config.model.dtype)
@@ -68,7 +72,7 @@ def child(path: Path, settings: list[str]) -> None:
 
     processes: list[str] = []
     doors = {"subprocess.Popen", "os.fork", "os.posix_spawn", "os.exec", "os.system"}
-    sys.addaudithook(lambda event, _: processes.append(event) if event in doors else None)
+    sys.addaudithook(lambda event, arguments: processes.append(f"{event} {arguments[:2]}") if event in doors else None)
     begin = time.perf_counter()
     precision = plan.precision
     program = CompiledProgram(

@@ -141,7 +141,18 @@ def _lower_cuda(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> Non
     from torch._inductor import standalone_compile
 
     compiled: Any = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
+    # One run lets every kernel choose among its launch configurations; compiled again (from the cache, in no time),
+    # the bundle holds the choices too, and a training run neither tries them anew nor may choose differently.
+    compiled(*(_example(tensor) for tensor in inputs))
+    torch.cuda.synchronize()
+    compiled = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
     compiled.save(path=str(path), format="binary")
+
+
+def _example(fake: Tensor) -> Tensor:
+    """Real data of a fake tensor's shape, stride and dtype: noise, or zeros, which are valid as an index."""
+    real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
+    return real.normal_() if real.is_floating_point() else real.zero_()
 
 
 def load(path: Path, device_type: str) -> RunFunction:
@@ -196,9 +207,10 @@ def install_host_modules(modules: dict[str, bytes]) -> None:
 
 
 def _load_cuda(path: Path) -> RunFunction:
-    from torch._inductor import CompiledArtifact
+    from torch._inductor import CompiledArtifact, config
 
-    loaded: Any = CompiledArtifact.load(path=str(path), format="binary")
+    with config.patch(compile_threads=1):  # nothing is compiled: do not start a pool of compilers
+        loaded: Any = CompiledArtifact.load(path=str(path), format="binary")
 
     @functools.wraps(loaded)
     def run(tensors: list[Tensor]) -> Sequence[Tensor]:
