@@ -176,9 +176,12 @@ class CompiledProgram:
             for local, full in names.items():
                 dtype = self.binding.input_dtype(self.head["train"], f"sum_{local}")
                 sums[f"sum_{local}"] = torch.zeros_like(self.binding.tensors[full], dtype=dtype)
-        losses, grads, results = [], [], dict[str, Tensor]()
+        losses, grads, state = [], [], dict[str, Tensor]()
+        results: dict[str, Tensor] = {}
         for chunk in self._chunks(hidden, microbatch):
-            results = self.binding.run(self.head["train"], chunk | sums)
+            # a statistic of the projection's backend sees one chunk after another
+            results = self.binding.run(self.head["train"], chunk | sums | state)
+            state = {local: results[f"new_{local}"] for local in self.head["state"]}
             losses.append(results["loss"])
             grads.append(results["grad_hidden_states"])
         if commit:

@@ -6,13 +6,14 @@ import torch
 from apps.training.eager_program import EagerProgram
 from tests.compiled.conftest import Compile, Compiled
 
-RULES = ({"match": "*.mlp.*", "use": "tests.backends.stateful_backend:ScaledBackend"},)
+BACKEND = "tests.backends.stateful_backend:ScaledBackend"
+RULES = ({"match": "*.mlp.*", "use": BACKEND}, {"match": "lm_head", "use": BACKEND})
 
 
 @pytest.fixture(scope="module")
 def stateful(compile_step: Compile) -> Compiled:
     """With recompute, the harder case: a block's forward runs twice and its statistics must count once."""
-    return compile_step("model.dtype=float64", "compile.recompute=block", rules=RULES)
+    return compile_step("model.dtype=float64", "compile.recompute=block", "compile.head_chunks=1", rules=RULES)
 
 
 def test_statistics_and_losses_follow_the_eager_twin(stateful: Compiled) -> None:
