@@ -107,16 +107,26 @@ def test_a_file_that_is_no_artifact_is_refused(scratch: Path, data: bytes) -> No
     assert refused_or_harmless(scratch, data)
 
 
-def test_a_manifest_that_was_edited_and_zipped_again_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("member", "old", "new", "message"),
+    [
+        ("manifest.json", b'"batch_size": 8', b'"batch_size": 9', "its manifest's sha256 is not the recorded one"),
+        ("regions/b", b"codecode", b"evilcode", "the sha256 of regions/b is not the recorded one"),
+    ],
+)
+def test_a_member_that_was_edited_and_zipped_again_is_refused(
+    tmp_path: Path, member: str, old: bytes, new: bytes, message: str
+) -> None:
+    """The zip's own checksums are right then."""
     path = write(tmp_path, make_spec())
     with zipfile.ZipFile(path) as archive:
         members, comment = {name: archive.read(name) for name in archive.namelist()}, archive.comment
-    members["manifest.json"] = members["manifest.json"].replace(b'"batch_size": 8', b'"batch_size": 9')
+    members[member] = members[member].replace(old, new, 1)
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
             archive.writestr(name, data)
         archive.comment = comment
-    with pytest.raises(UserError, match="manifest's sha256 is not the recorded one"):
+    with pytest.raises(UserError, match=message):
         open_artifact(path)
 
 

@@ -45,6 +45,13 @@ def test_two_tensors_match_exactly_when_machine_code_could_not_tell_them_apart(l
     assert TensorSpec.of("x", left).matches(right, "cpu") == same
 
 
+def test_the_stride_of_an_extent_that_addresses_nothing_may_be_anything() -> None:
+    spec = TensorSpec.of("x", torch.zeros(2, 1, 3))
+    assert spec.matches(torch.zeros(6).as_strided((2, 1, 3), (3, 77, 1)), "cpu")
+    assert not spec.matches(torch.zeros(99).as_strided((2, 1, 3), (77, 3, 1)), "cpu")
+    assert TensorSpec.of("x", torch.zeros(0, 3)).matches(torch.zeros(3, 0).t(), "cpu")
+
+
 @given(tensors(least=2), st.data())
 def test_any_change_of_shape_dtype_stride_or_device_is_seen(tensor: Tensor, data: st.DataObject) -> None:
     spec = TensorSpec.of("x", tensor)
