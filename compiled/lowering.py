@@ -90,7 +90,8 @@ def attention_context(device_type: str) -> contextlib.AbstractContextManager[Any
 
 def _options(device_type: str) -> dict[str, Any]:
     if device_type == "cuda":
-        return {}
+        # Off: it assembles another variant of some reductions when a bundle is loaded, so a run would call an assembler.
+        return {"dynamic_scale_rblock": False}
     # The thread count is a matter of the run, not of the artifact: two workers with one thread each use the same file.
     return {"cpp.dynamic_threads": True}
 
