@@ -57,7 +57,7 @@ demo: $(INSTALLED)
 	$(PY) apps/train_llm.py command=compile $(DEMO_SETTINGS)
 	$(PY) apps/train_llm.py command=run $(DEMO_SETTINGS) training.dataset=$(DEMO)/dataset training.output_dir=$(DEMO)/run \
 		training.max_steps=$(DEMO_STEPS) optimizer.lr=2e-3 schedule.warmup_steps=30 logging.every=10
-	$(PY) apps/generate_text.py checkpoint.model_name_or_path=$(DEMO)/run prompt="def read(self" max_new_tokens=48
+	$(PY) apps/generate_text.py checkpoint.model_name_or_path=$(DEMO)/run prompt="def read(self" max_new_tokens=64 temperature=0.7 top_k=40
 	@echo
 	@echo "Dataset    $(DEMO)/dataset"
 	@echo "Artifact   $$(ls $(DEMO)/artifacts/*.substrate)"

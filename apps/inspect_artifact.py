@@ -105,7 +105,7 @@ def schedule_text(artifact: Artifact) -> str:
     return plain_table(
         [
             ("part", "forward", "backward", "update"),
-            ("embed", embed["forward"], embed["backward"], ends),
+            ("embed", embed["forward"], embed["backward"] or "–", ends),
             *blocks,
             ("head", f"{head['train']} × {head['chunks']}", "(the same)", ends),
         ]

@@ -32,6 +32,7 @@ def build(
     in that folder.
     """
     started = time.perf_counter()
+    lowering.require_compiler(spec.device["kind"])
     regions, schedule = capture_step(model, spec, optimizer, policy)
     specs = {name: captured.spec for name, captured in regions.items()}
     files = {f"graphs/{name}.txt": lowering.graph_text(captured.graph).encode() for name, captured in regions.items()}
@@ -68,7 +69,8 @@ def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec
     recompute = spec.recompute == "block"
     for entry in (schedule.embed, *schedule.blocks):
         runs[entry["forward"]] = runs.get(entry["forward"], 0) + 1 + (recompute and entry is not schedule.embed)
-        runs[entry["backward"]] = runs.get(entry["backward"], 0) + 1
+        if entry["backward"]:
+            runs[entry["backward"]] = runs.get(entry["backward"], 0) + 1
     for group in schedule.updates:
         if group["direct"]:
             runs[group["direct"]] = runs.get(group["direct"], 0) + 1

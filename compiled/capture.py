@@ -79,8 +79,8 @@ def capture_function(
 
 def capture_stage(
     name: str, stage: Stage, activations: dict[str, Tensor], sources: Sources
-) -> tuple[Captured, Captured]:
-    """Forward and backward region of a stage.
+) -> tuple[Captured, Captured | None]:
+    """Forward and backward region of a stage; no backward when nothing in it wants a gradient (a frozen embedding).
 
     `activations` are the tensors after parameters and state, the first being the one the gradient flows to (token ids
     get none). Forward: parameters, state, activations → `output`, `new_<state>`…, `saved_i`…. Backward: what it needs
@@ -97,6 +97,8 @@ def capture_stage(
         return (output, *(new_state[key] if key in new_state else named[key].clone() for key in state_names))
 
     outputs = ["output", *(f"new_{key}" for key in state_names)]
+    if not any(tensor.requires_grad for tensor in inputs.values()):
+        return capture_function(f"{name}_forward", forward, inputs, outputs), None
     joint = lowering.trace_joint(forward, list(inputs.values()))
     forward_graph, backward_graph = lowering.split_joint(joint, len(outputs))
     return _name_crossing(name, forward_graph, backward_graph, inputs, outputs)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
+from backends.errors import UserError
 from compiled.regions import RunFunction
 
 
@@ -90,7 +91,7 @@ def attention_context(device_type: str) -> contextlib.AbstractContextManager[Any
 
 def _options(device_type: str) -> dict[str, Any]:
     if device_type == "cuda":
-        # Off: it assembles another variant of some reductions when a bundle is loaded, so a run would call an assembler.
+        # Off: it assembles other variants of some reductions when a bundle is loaded; a run must not need an assembler.
         return {"dynamic_scale_rblock": False}
     # The thread count is a matter of the run, not of the artifact: two workers with one thread each use the same file.
     return {"cpp.dynamic_threads": True}
@@ -105,6 +106,22 @@ def _deterministic(device_type: str) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def require_compiler(device_type: str) -> None:
+    """`UserError` before any work when machine code for the CPU cannot be made here."""
+    if device_type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError(
+            "Compiling for the CPU needs a C++ compiler, and none was found on the PATH. Install g++ (Debian: "
+            "apt-get install g++), or name one in the environment variable CXX. Running an artifact needs none."
+        ) from None
 
 
 def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: Path, debug: Path | None = None) -> int:

@@ -7,11 +7,13 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from backends.errors import UserError
 from compiled import lowering
 from compiled.capture import Captured
 from compiled.regions import RegionSpec
@@ -62,6 +64,10 @@ def lower_all(
             futures = {pool.submit(_lower, name): name for name in longest_first}
             for done, future in enumerate(as_completed(futures), 1):
                 _finish(regions[futures[future]].spec, future.result(), report, done, len(regions))
+    except BrokenProcessPool:
+        raise UserError(
+            f"A compile worker was killed, most likely for memory: {jobs} worked at a time. Use compile.workers=1."
+        ) from None
     finally:
         _work = None
 

@@ -87,8 +87,11 @@ def _add_stage(
         stage.module.eval()
         parts["evaluate"], _ = capture_stage(f"{name}_evaluate", stage, activations, sources)
         stage.module.train()
-    entry = {}
+    entry: dict[str, Any] = {}
     for role, captured in parts.items():
+        if captured is None:
+            entry[role] = None
+            continue
         twin = next((known for known in regions.values() if known.identity == captured.identity), captured)
         regions[twin.spec.name] = twin
         entry[role] = twin.spec.name

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from apps.training.step_plan import StepPlan, plan_step
+from compiled.build import step_cost
 from compiled.schedule import capture_step
 
 PlanOf = Callable[..., StepPlan]
@@ -59,6 +60,18 @@ def test_activations_are_saved_and_weights_are_not(plan_of: PlanOf) -> None:
     assert not saved & (weights | {shape[::-1] for shape in weights})
     taken = {spec.name for spec in regions["block_0_backward"].spec.inputs}
     assert {"self_attn.q_proj.weight", "mlp.down_proj.weight"} <= taken
+
+
+def test_a_frozen_embedding_has_no_backward_and_no_update(plan_of: PlanOf) -> None:
+    plan = plan_of()
+    plan.model.get_submodule("model.embed_tokens").weight.requires_grad_(False)
+    regions, schedule = traced(plan)
+    assert schedule.embed["backward"] is None
+    assert schedule.embed["trained"] == []
+    assert "embed_backward" not in regions
+    assert "model.embed_tokens.weight" not in schedule.updates[-1]["parameters"]
+    costs = {name: region.spec for name, region in regions.items()}
+    assert step_cost(costs, schedule, plan.spec)["flops"] > 0
 
 
 @pytest.mark.slow
