@@ -92,11 +92,6 @@ def open_artifact(path: Path) -> Artifact:
         manifest = _manifest(archive, path)
         for name, digest in manifest["members"].items():
             _verified(archive, name, digest, path)
-    schema = str(manifest["spec"]["versions"].get("schema"))
-    if schema != str(SCHEMA_VERSION):
-        raise UserError(
-            f"Artifact {path} has schema version {schema}, this program reads {SCHEMA_VERSION}; {_COMPILE_AGAIN}"
-        )
     return Artifact(path, manifest)
 
 
@@ -161,11 +156,17 @@ def _reading(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
-    """The manifest as `pack` wrote it: its sha256 is the zip's comment."""
+    """The manifest as `pack` wrote it: its sha256 is the zip's comment, and its schema the one read here."""
     text = archive.read("manifest.json")
     if hashlib.sha256(text).hexdigest().encode() != archive.comment:
         raise UserError(f"Artifact {path} is altered: its manifest's sha256 is not the recorded one; {_COMPILE_AGAIN}")
     manifest: dict[str, Any] = json.loads(text)
+    versions = manifest.get("spec", {}).get("versions", {})  # the only fields any schema is trusted to have
+    if str(versions.get("schema")) != str(SCHEMA_VERSION):
+        raise UserError(
+            f"Artifact {path} has schema version {versions.get('schema')}, this program reads {SCHEMA_VERSION}; "
+            f"{_COMPILE_AGAIN}"
+        )
     return manifest
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from apps.training.config_schema import TrainConfig
-from apps.training.files import atomic_path
+from apps.training.files import atomic_path, require_writable
 from apps.training.memory import estimate, gibibytes
 from apps.training.progress import Progress
 from apps.training.step_plan import StepPlan
-from backends.errors import UserError
 from backends.routing_table import count_text, plain_table
 from compiled.artifact import Artifact, open_artifact
 from compiled.build import build
@@ -20,7 +18,7 @@ from compiled.regions import RegionSpec
 def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
     """Compile the planned step into `compile.output_dir`; nothing is left there when it fails."""
     target = Path(config.compile.output_dir) / plan.spec.file_name
-    _require_writable(target.parent)
+    require_writable(target.parent, "compile.output_dir")  # before the work, not after it
     debug = target.with_suffix(".debug") if config.compile.debug else None
     # from before the tracing, so that the first region's time counts; how many there are is known with the first
     with Progress(None, "Compiling", "regions", mode=config.logging.progress) as progress:
@@ -94,10 +92,3 @@ def region_table(artifact: Artifact) -> str:
             )
         )
     return plain_table(rows, right=range(1, 9))
-
-
-def _require_writable(folder: Path) -> None:
-    """Refuse before the work, not after it."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"Cannot write to '{folder}' (compile.output_dir). Choose a folder you may write to.")

@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,6 +65,21 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 def is_filled(folder: Path) -> bool:
     """Whether `folder` exists and holds anything."""
     return folder.is_dir() and any(folder.iterdir())
+
+
+def require_writable(folder: Path, setting: str) -> None:
+    """UserError when `folder`, or the nearest folder above it that exists, takes no file. Leaves nothing behind.
+
+    Tried, not asked: permission bits say nothing of a read-only disk or a system folder, and nothing at all to root.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {setting}={folder}: {error.strerror} ({existing}). Choose another folder."
+        ) from None
 
 
 def _refuse_filled(folder: Path) -> None:

@@ -36,8 +36,8 @@ def require_artifact(config: TrainConfig, plan: StepPlan) -> Artifact | None:
         return found
     if isinstance(found, Nearest):
         raise UserError(
-            f"No artifact in '{folder}' fits this run. Compile one: {command}\n"
-            f"The nearest, {found.artifact.path}, differs in:\n{difference_table(found.differences)}"
+            f"No artifact in '{folder}' fits this run; the nearest, {found.artifact.path.name}, differs as below. "
+            f"Compile one: {command}\n{difference_table(found.differences)}"
         )
     raise UserError(f"There is no artifact in '{folder}'. Compile one: {command}")
 

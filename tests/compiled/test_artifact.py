@@ -147,10 +147,21 @@ def test_a_missing_file_or_a_folder_is_no_artifact(tmp_path: Path) -> None:
             open_artifact(path)
 
 
-def test_another_schema_version_is_refused(tmp_path: Path) -> None:
+def test_another_schema_version_is_refused_and_passed_over(tmp_path: Path) -> None:
     path = write(tmp_path, make_spec(versions={"schema": "0", "torch": "2.13.0"}))
     with pytest.raises(UserError, match=r"schema version 0, this program reads 1"):
         open_artifact(path)
+    assert find(tmp_path, make_spec()) is None
+
+
+@pytest.mark.parametrize("manifest", [{}, {"spec": {}}, {"spec": {"versions": {}}}])
+def test_a_whole_file_without_a_schema_version_is_refused(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    """A schema of other fields: every sha256 is right, and yet nothing that is looked up may be there."""
+    (tmp_path / "later.substrate").write_bytes(pack(manifest, CODE.items()))
+    for read in (open_artifact, peek):
+        with pytest.raises(UserError, match=r"schema version None, this program reads 1"):
+            read(tmp_path / "later.substrate")
+    assert find(tmp_path, make_spec()) is None
 
 
 def test_require_accepts_an_equal_step_and_names_each_field_that_differs(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ config.yaml  per_step_metrics.csv  summary.txt  loss.png  report.html  + the Hug
 from __future__ import annotations
 
 import csv
-import tempfile
+import os
 from pathlib import Path
 from types import TracebackType
 
-from apps.training.files import atomic_path
+from apps.training.files import atomic_path, require_writable
 from apps.training.reporting.records import StepRecord
 from backends.errors import UserError
 
@@ -35,7 +35,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
 
     Leaves nothing behind, also no folder that was not there.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise UserError(f"training.output_dir={folder} is a file. Expected a folder, or a name that is free.")
     taken = sorted({path.name for name in (*RUN_FILES, *CHECKPOINT_FILES) for path in folder.glob(name)})
     if taken and not overwrite:
@@ -43,14 +43,7 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
             f"training.output_dir={folder} holds another run ({', '.join(taken[:3])}{' …' if len(taken) > 3 else ''}). "
             "Choose another folder, or replace it with training.overwrite_output_dir=true."
         )
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"Cannot write training.output_dir={folder}: {error.strerror} ({existing}). Choose another folder."
-        ) from None
+    require_writable(folder, "training.output_dir")
 
 
 def start_run(folder: Path, settings: str) -> None:

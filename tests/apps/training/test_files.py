@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from apps.training.files import atomic_folder, atomic_path
+from apps.training.files import atomic_folder, atomic_path, require_writable
 from backends.errors import UserError
 
 
@@ -118,3 +118,16 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code, str(target)], cwd=root, check=False).returncode == -9
     assert target.read_text() == "old"
+
+
+def test_a_place_is_tried_before_the_work_and_left_as_it_was(tmp_path):
+    require_writable(tmp_path / "new" / "deeper", "x.output_dir")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"Cannot write x\.output_dir=/proc/new: .* Choose another folder"):
+        require_writable(Path("/proc/new"), "x.output_dir")
+
+
+def test_a_place_one_may_not_even_look_into_is_refused(tmp_path, monkeypatch):
+    """`Path.exists` raises for a folder below one without permission."""
+    monkeypatch.setattr(Path, "exists", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    require_writable(tmp_path / "new", "x.output_dir")
