@@ -56,15 +56,16 @@ class Artifact:
         from compiled import lowering
 
         regions = {}
-        with zipfile.ZipFile(self.path) as archive, tempfile.TemporaryDirectory(prefix="substrate-load-") as folder:
+        with _loading(self.path), zipfile.ZipFile(self.path) as archive:
             host = {name: digest for name, digest in self.manifest["members"].items() if name.startswith("host/")}
             modules = {name: _verified(archive, name, digest, self.path) for name, digest in host.items()}
             lowering.install_host_modules({name.removeprefix("host/"): modules[name] for name in modules})
-            for name, spec in self.region_specs().items():
-                file = Path(folder) / Path(spec.file).name
-                file.write_bytes(_verified(archive, spec.file, spec.sha256, self.path))
-                # the code stays mapped after its file is gone, so that nothing is left behind, not even by a kill
-                regions[name] = Region(spec, lowering.load(file, self.device_type))
+            with tempfile.TemporaryDirectory(prefix="substrate-load-") as folder:
+                for name, spec in self.region_specs().items():
+                    file = Path(folder) / Path(spec.file).name
+                    file.write_bytes(_verified(archive, spec.file, spec.sha256, self.path))
+                    # the code stays mapped after its file is gone, so that nothing is left behind, not even by a kill
+                    regions[name] = Region(spec, lowering.load(file, self.device_type))
         return regions
 
 
@@ -153,6 +154,18 @@ def _reading(path: Path) -> Iterator[zipfile.ZipFile]:
         raise UserError(
             f"'{path}' is not a complete artifact ({type(error).__name__}: {error}); {_COMPILE_AGAIN}"
         ) from None
+
+
+@contextlib.contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Machine code is loaded from files in the temporary folder, which may be full, or mounted without execution."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"Cannot load the machine code of artifact {path}: {str(error).splitlines()[0]}. "
+            "Set TMPDIR to a folder that has room and is not mounted noexec."
+        ) from error
 
 
 def _manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The artifact file: what it refuses, what it finds, and that no damage reaches the machine code."""
 
+import errno
 import hashlib
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from backends.errors import UserError
 from compiled.artifact import Artifact, Nearest, find, open_artifact, pack, peek, read_member
+from compiled.regions import RegionSpec
 from compiled.spec import StepSpec
 from tests.compiled.test_spec import make_spec
 
@@ -220,3 +223,30 @@ def test_peek_reads_the_manifest_alone(tmp_path: Path) -> None:
     assert json.dumps(peek(path)["members"])
     with pytest.raises(UserError, match="regions/b"):
         open_artifact(path)
+
+
+def with_one_region(folder: Path) -> Artifact:
+    """An artifact whose one region is no machine code, with every sha256 right."""
+    code = b"not a shared library"
+    region = RegionSpec("a", [], [], file="regions/a", sha256=hashlib.sha256(code).hexdigest())
+    path = folder / "x.substrate"
+    path.write_bytes(pack(manifest_of(make_spec()) | {"regions": {"a": region.to_json()}}, [("regions/a", code)]))
+    return open_artifact(path)
+
+
+def test_code_that_the_system_will_not_map_is_one_line(tmp_path: Path) -> None:
+    """As on machines whose /tmp is mounted noexec."""
+    with pytest.raises(UserError, match=r"Cannot load the machine code of .*x\.substrate: .*Set TMPDIR") as caught:
+        with_one_region(tmp_path).load_regions()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_temporary_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = with_one_region(tmp_path)
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"No space left on device.*Set TMPDIR"):
+        artifact.load_regions()
