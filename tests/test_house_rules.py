@@ -205,7 +205,7 @@ def third_party_names() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
     declared = {re.split(r"[^\w-]", requirement)[0].replace("-", "_").lower() for requirement in wanted}
-    installed = {name for name, owners in packages_distributions().items() if owners != [project["name"]]}
+    installed = {name for name, owners in packages_distributions().items() if set(owners) != {project["name"]}}
     known = {"torch", "triton", "torch_mlir", "optuna", "ray", "wandb", "mlflow", "peft", "accelerate", "deepspeed"}
     return declared | installed | known
 
