@@ -149,8 +149,9 @@ def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: 
 def _lower_cpu(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
     from torch._inductor import aot_compile
 
-    # The compiler keeps its sources beside the library: let it work in a folder that goes away.
-    with tempfile.TemporaryDirectory(prefix="substrate-lower-") as folder:
+    # The compiler keeps its sources beside the library: let it work in a folder that goes away, with its parent if this
+    # process is killed.
+    with tempfile.TemporaryDirectory(prefix="lower-", dir=path.parent) as folder:
         library = aot_compile(graph, tuple(inputs), options={"aot_inductor.output_path": f"{folder}/region.so"})
         path.write_bytes(Path(str(library)).read_bytes())
 

@@ -3,9 +3,13 @@
 The CUDA compiler runs a pool of its own, and a process that has touched the device must not fork.
 """
 
+import contextlib
 import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -59,7 +63,7 @@ def lower_all(
             for done, name in enumerate(regions, 1):
                 _finish(regions[name].spec, _work.lower(name), report, done, len(regions))
             return
-        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=_one_thread) as pool:
+        with _workers(jobs) as pool:
             longest_first = sorted(regions, key=lambda name: -regions[name].spec.nodes)
             futures = {pool.submit(_lower, name): name for name in longest_first}
             for done, future in enumerate(as_completed(futures), 1):
@@ -77,9 +81,37 @@ def _lower(name: str) -> tuple[int, float]:
     return _work.lower(name)
 
 
-def _one_thread() -> None:
+@contextlib.contextmanager
+def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Forked workers that end with the block, at once when it raises: what is left to do is then of no use to anybody.
+
+    The pool alone would first finish what it has begun and more, half a minute after a Ctrl-C.
+    """
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork"), initializer=_begin_work) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - others:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(int(worker.pid or 0), signal.SIGKILL)  # its compiler too
+                worker.kill()  # should it not have its group yet
+            raise
+
+
+def _begin_work() -> None:
     # a forked child must not enter an OpenMP region, whose threads stayed with the parent
     torch.set_num_threads(1)
+    os.setpgid(0, 0)  # a group for it and its compiler, which Ctrl-C in a terminal passes by: the parent ends it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's worker waits for work for ever when its parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _finish(spec: RegionSpec, outcome: tuple[int, float], report: Report, done: int, total: int) -> None:

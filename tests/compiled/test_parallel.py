@@ -1,9 +1,13 @@
 """Lowering many regions side by side; the compiler itself is replaced by one that writes who did what."""
 
 import os
+import signal
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +106,68 @@ def test_each_region_has_a_debug_folder_of_its_own(tmp_path: Path) -> None:
     assert {path.read_text().split()[-1] for path in tmp_path.iterdir()} == {
         str(tmp_path / "debug" / name) for name in ("r1", "r2")
     }
+
+
+def running(pid: int) -> bool:
+    """Whether the process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def slow_compiler(folder: Path) -> Callable[..., int]:
+    """Starts a long process as a compiler would and waits for it; `folder/NAME.pids` tells who works."""
+
+    def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: Path, debug: Path | None) -> int:
+        with subprocess.Popen(["sleep", "60"]) as compiler:
+            (folder / f"{path.name}.tmp").write_text(f"{os.getpid()} {compiler.pid}")
+            (folder / f"{path.name}.tmp").rename(folder / f"{path.name}.pids")
+        return 0
+
+    return lower
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(pid) for file in folder.glob("*.pids") for pid in file.read_text().split()]
+
+
+def test_ctrl_c_ends_workers_and_their_compilers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "lower", slow_compiler(tmp_path))
+
+    def interrupt(futures: object) -> Iterator[Any]:
+        assert wait_until(lambda: len(pids(tmp_path)) == 4)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(parallel, "as_completed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lower(make_regions(5), tmp_path, workers=2)
+    assert len(pids(tmp_path)) == 4  # nobody took up another region
+    assert wait_until(lambda: not any(map(running, pids(tmp_path))), seconds=5)
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "lower", slow_compiler(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns when a process with threads forks
+        parent = os.fork()
+    if not parent:
+        try:
+            lower(make_regions(3), tmp_path, workers=2)
+        finally:
+            os._exit(1)
+    try:
+        assert wait_until(lambda: len(pids(tmp_path)) == 4)
+        os.kill(parent, signal.SIGTERM)
+        assert wait_until(lambda: not any(map(running, pids(tmp_path))))
+    finally:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
