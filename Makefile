@@ -48,15 +48,15 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # The demo: settings that both commands share, so that the artifact fits the run.
 DEMO := outputs/demo
-DEMO_STEPS ?= 300
-DEMO_SETTINGS := checkpoint.config_name=demo model.max_seq_length=256 training.batch_size=16 compile.output_dir=$(DEMO)/artifacts
+DEMO_STEPS ?= 500
+DEMO_SETTINGS := checkpoint.config_name=demo model.max_seq_length=256 training.batch_size=8 compile.output_dir=$(DEMO)/artifacts
 
 demo: $(INSTALLED)
 	@rm -rf $(DEMO)
 	$(PY) apps/prepare_data.py output_dir=$(DEMO)/dataset max_seq_length=256 vocab_size=4096
 	$(PY) apps/train_llm.py command=compile $(DEMO_SETTINGS)
 	$(PY) apps/train_llm.py command=run $(DEMO_SETTINGS) training.dataset=$(DEMO)/dataset training.output_dir=$(DEMO)/run \
-		training.max_steps=$(DEMO_STEPS) optimizer.lr=2e-3 schedule.warmup_steps=30 logging.every=10
+		training.max_steps=$(DEMO_STEPS) optimizer.lr=2e-3 schedule.warmup_steps=30 logging.every=20
 	$(PY) apps/generate_text.py checkpoint.model_name_or_path=$(DEMO)/run prompt="def read(self" max_new_tokens=64 temperature=0.7 top_k=40
 	@echo
 	@echo "Dataset    $(DEMO)/dataset"
