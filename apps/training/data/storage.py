@@ -11,6 +11,7 @@ Ours and theirs read alike: unknown HDF5 datasets (category_ids) and unknown met
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,21 @@ def _find(folder: Path, split: str, required: bool = True) -> list[Path]:
     files = sorted((path for path in names if not path.name.startswith(".")), key=file_index)
     if required and not files:
         raise UserError(f"'{folder}' holds no {split}_*_of_*.hdf5 files: not a dataset folder. {make}")
+    _require_all(folder, split, {path.stem for path in files})
     return files
+
+
+def _require_all(folder: Path, split: str, names: set[str]) -> None:
+    """A file that was lost on the way (train_3_of_8 is not there) would be training on less than was prepared."""
+    counts = {int(match[1]) for name in names if (match := re.fullmatch(rf"{split}_\d+_of_(\d+)", name))}
+    missing = [
+        name for i in range(1, max(counts, default=0) + 1) if (name := f"{split}_{i}_of_{max(counts)}") not in names
+    ]
+    if missing:
+        raise UserError(
+            f"'{folder}' lacks {len(missing)} of its {max(counts)} {split} files: {', '.join(missing[:3])}"
+            f"{' …' if len(missing) > 3 else ''}. Copy it again, or prepare it again with apps/prepare_data.py."
+        )
 
 
 def _read_metadata(folder: Path) -> Mapping[str, Any]:

@@ -48,6 +48,19 @@ def test_a_missing_folder_is_named_with_the_nearest_one_and_the_command(make_dat
         open_dataset(folder.parent / (folder.name + "s"), max_seq_length=4)
 
 
+@pytest.mark.parametrize(("split", "number"), [("train", 2), ("dev", 1)])
+def test_a_file_lost_on_the_way_is_missed(tmp_path, split, number):
+    """Training goes on without it otherwise, on less than was prepared, and nobody would know."""
+    for name in ("train_1_of_3", "train_2_of_3", "train_3_of_3", "dev_1_of_2", "dev_2_of_2"):
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as file:
+            file["input_ids"] = file["token_type_ids"] = np.zeros((3, 4), np.int32)
+    (tmp_path / "metadata.yaml").write_text("max_seq_length: 4\nvocab_size: 12\n")
+    assert open_dataset(tmp_path, max_seq_length=4).num_train_rows == 9
+    next(tmp_path.glob(f"{split}_{number}_*")).unlink()
+    with pytest.raises(UserError, match=rf"lacks 1 of its \d {split} files: {split}_{number}_of_\d\. Copy"):
+        open_dataset(tmp_path, max_seq_length=4)
+
+
 def test_an_empty_folder_and_a_file_are_not_datasets(tmp_path):
     with pytest.raises(UserError, match="holds no train_.* files: not a dataset folder"):
         open_dataset(tmp_path, max_seq_length=4)
