@@ -10,9 +10,23 @@ from modelzoo.families import Family
 from modelzoo.llama_config import ZooLlamaConfig
 from modelzoo.rotary import ROPE_TYPES
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
 
 def check(config: LlamaConfig) -> None:
     """Raise UserError for a Llama config that asks for something the zoo Llama does not compute."""
+    for name in _SIZES:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}. Expected at least 1.")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise unknown("rope scaling type", rope_type, ROPE_TYPES)
