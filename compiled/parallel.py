@@ -102,6 +102,8 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
 def _begin_work() -> None:
     # a forked child must not enter an OpenMP region, whose threads stayed with the parent
     torch.set_num_threads(1)
+    assert _work is not None
+    os.environ["TMPDIR"] = str(_work.folder)  # of the C++ compiler: what it leaves when it is stopped goes away too
     os.setpgid(0, 0)  # a group for it and its compiler, which Ctrl-C in a terminal passes by: the parent ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -135,6 +135,18 @@ def slow_compiler(folder: Path) -> Callable[..., int]:
     return lower
 
 
+def test_the_compilers_temporary_files_lie_in_the_folder_that_goes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: Path, debug: Path | None) -> int:
+        path.write_text(subprocess.check_output(["mktemp", "-u"], text=True))
+        return 0
+
+    monkeypatch.setattr(lowering, "lower", lower)
+    parallel.lower_all(make_regions(2), "cpu", tmp_path, 2, None, lambda spec, done, total: None)
+    assert {Path((tmp_path / name).read_text()).parent for name in ("r1", "r2")} == {tmp_path}
+
+
 def pids(folder: Path) -> list[int]:
     return [int(pid) for file in folder.glob("*.pids") for pid in file.read_text().split()]
 
