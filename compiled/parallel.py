@@ -93,8 +93,9 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BaseException:
             for worker in set(multiprocessing.active_children()) - others:
+                assert worker.pid is not None  # it was started
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(int(worker.pid or 0), signal.SIGKILL)  # its compiler too
+                    os.killpg(worker.pid, signal.SIGKILL)  # its compiler too
                 worker.kill()  # should it not have its group yet
             raise
 
