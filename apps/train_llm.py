@@ -23,7 +23,7 @@ if not __package__:  # started as a file: make the repository importable from wh
 from apps.training.cli import INTERRUPTED, run_main
 from apps.training.config import parse, to_yaml
 from apps.training.config_schema import TrainConfig
-from apps.training.reporting.output_folder import METRICS, MetricsFile, require_free, start_run
+from apps.training.reporting.output_folder import METRICS, MetricsFile, require_free, require_room, start_run
 from backends.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def train(config: TrainConfig) -> int:
     device = open_device(plan.spec.device["kind"], config.run.num_threads)
     memory, free = run_memory(config, plan, artifact), available_memory(str(device))
     require_memory(memory, free, str(device))
+    require_room(output, memory.parameters)
     num_parameters = sum(parameter.numel() for parameter in plan.model.parameters())
     print(f"Model: {plan.model_name}, {num_parameters:,} parameters; dtypes: {plan.precision.table()}")
     print(plan.routing.table())

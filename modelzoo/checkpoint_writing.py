@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -66,9 +67,10 @@ def save_model(
         _flush(new)
         _exchange(new, target)
         _sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk with an error of its own
+        reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"Cannot save the checkpoint to '{folder}': {error.strerror or error}. Make room, or choose another folder."
+            f"Cannot save the checkpoint to '{folder}': {reason}. Make room, or choose another folder."
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)

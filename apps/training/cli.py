@@ -1,11 +1,14 @@
 """The frame every program here starts in: a user's mistake is one line on stderr and exit code 2, never a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 from backends.errors import UserError
 
+# What the system answers about a place that was named, wherever in the program it is first touched: never a bug.
+_OF_THE_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader (`| head`) went away
 
@@ -29,3 +32,9 @@ def run_main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         # Python flushes stdout once more at exit and would complain about the same pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _OF_THE_PLACE:
+            raise
+        where = f" '{error.filename}'" if error.filename is not None else ""
+        print(f"error: {error.strerror}:{where}. Expected a place with room that you may use.", file=sys.stderr)
+        return 2

@@ -72,7 +72,7 @@ def require_writable(folder: Path, setting: str) -> None:
 
     Tried, not asked: permission bits say nothing of a read-only disk or a system folder, and nothing at all to root.
     """
-    existing = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    existing = nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -80,6 +80,11 @@ def require_writable(folder: Path, setting: str) -> None:
         raise UserError(
             f"Cannot write {setting}={folder}: {error.strerror} ({existing}). Choose another folder."
         ) from None
+
+
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or the first above it that exists."""
+    return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
 
 
 def _refuse_filled(folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -172,6 +173,16 @@ def test_a_failure_at_any_step_leaves_the_old_checkpoint(
         save_model(new, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_full_disk_of_safetensors_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint_writing, "save_file", fail)
+    with pytest.raises(UserError, match=r"Cannot save .*No space left on device.*Make room"):
+        save_model(twins(llama_config())[1], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failing_exchange_puts_the_old_checkpoint_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

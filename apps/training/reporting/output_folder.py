@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 from pathlib import Path
 from types import TracebackType
 
-from apps.training.files import atomic_path, require_writable
+from apps.training.files import atomic_path, nearest_existing, require_writable
+from apps.training.memory import gibibytes
 from apps.training.reporting.records import StepRecord
 from backends.errors import UserError
 
@@ -44,6 +46,16 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
             "Choose another folder, or replace it with training.overwrite_output_dir=true."
         )
     require_writable(folder, "training.output_dir")
+
+
+def require_room(folder: Path, checkpoint_bytes: int) -> None:
+    """UserError when the disk has no room for the checkpoint: better now than after the last step."""
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    if free < checkpoint_bytes:
+        raise UserError(
+            f"The checkpoint takes about {gibibytes(checkpoint_bytes)}, the disk of training.output_dir={folder} has "
+            f"{gibibytes(free)} free. Make room, or choose another folder."
+        )
 
 
 def start_run(folder: Path, settings: str) -> None:

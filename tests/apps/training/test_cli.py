@@ -1,5 +1,7 @@
 """How a program ends: its exit code and what it leaves on stderr."""
 
+import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +40,15 @@ def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         run_main(raising(ZeroDivisionError()), [])
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOSPC, errno.EROFS])
+def test_a_place_the_system_refuses_is_one_line_and_code_2(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = os.strerror(number)
+    assert run_main(raising(OSError(number, reason, "/locked/x")), []) == 2
+    assert capsys.readouterr().err == f"error: {reason}: '/locked/x'. Expected a place with room that you may use.\n"
+    with pytest.raises(OSError, match="Input/output"):
+        run_main(raising(OSError(errno.EIO, os.strerror(errno.EIO))), [])
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

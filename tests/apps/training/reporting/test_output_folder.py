@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from apps.training.reporting.output_folder import COLUMNS, MetricsFile, require_free, start_run
+from apps.training.reporting.output_folder import COLUMNS, MetricsFile, require_free, require_room, start_run
 from apps.training.reporting.records import StepRecord
 from backends.errors import UserError
 
@@ -36,6 +36,13 @@ def test_places_that_cannot_be_written_are_named(tmp_path: Path) -> None:
         require_free(tmp_path / "file" / "below", overwrite=True)
     with pytest.raises(UserError, match=r"Cannot write training\.output_dir=/proc/nothing"):
         require_free(Path("/proc/nothing"), overwrite=True)
+
+
+def test_a_checkpoint_without_room_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    require_room(tmp_path / "new" / "run", 1000)
+    with pytest.raises(UserError, match=r"takes about [\d,.]+ GiB, the disk of training\.output_dir=.* free"):
+        require_room(tmp_path / "new" / "run", 2**60)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_starting_over_removes_stale_reports_but_not_the_checkpoint(tmp_path: Path) -> None:
