@@ -62,7 +62,8 @@ class BackendLinear(Stateful, nn.Linear):
             bias = None if self.bias is None else _cast(self.bias, self.compute_dtype)
         else:
             weight, bias = {name: _cast(getattr(self, name), self.compute_dtype) for name in self.stored}, None
-        return self.call_with_state(lambda state: backend.linear(x, weight, bias, state, training=self.training))
+        y = self.call_with_state(lambda state: backend.linear(x, weight, bias, state, training=self.training))
+        return _of_shape(y, (*x.shape[:-1], self.out_features), backend, "linear")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, backend={self.backend}"
@@ -109,11 +110,19 @@ class BackendAttention(Stateful):
         """
         q, k, v = (_cast(x, self.compute_dtype) for x in (q, k, v))
         backend = self.backend
-        return self.call_with_state(
+        out = self.call_with_state(
             lambda state: backend.attention(
                 q, k, v, mask=mask, scale=scale, is_causal=is_causal, state=state, training=self.training
             )
         )
+        return _of_shape(out, (*q.shape[:-1], v.shape[-1]), backend, "attention")
+
+
+def _of_shape(y: Tensor, shape: tuple[int, ...], backend: Backend, operation: str) -> Tensor:
+    """`y`, checked: a model may go on with another shape and train to nothing (heads are what a view makes of them)."""
+    if y.shape != shape:
+        raise UserError(f"{operation} of backend {backend} returned {list(y.shape)}. Expected {list(shape)}.")
+    return y
 
 
 def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -95,6 +95,27 @@ def test_a_stateless_backend_allocates_nothing():
     assert not list(layer.buffers())
 
 
+def test_a_product_of_another_shape_is_told_with_the_backend_that_made_it():
+    """Without the check a key projection as wide as its input goes unnoticed: it is seen as more heads."""
+
+    class Lazy(Backend):
+        def linear(self, x, weight, bias, state, *, training=False):
+            return x, state
+
+        def attention(self, q, k, v, *, mask, scale, is_causal, state, training=False):
+            return k, state
+
+    layer = BackendLinear(8, 4)
+    layer.set_backend(Lazy())
+    with pytest.raises(UserError, match=r"linear of backend .*returned \[2, 3, 8\]\. Expected \[2, 3, 4\]"):
+        layer(torch.randn(2, 3, 8))
+    attention = BackendAttention(2, 4)
+    attention.set_backend(Lazy())
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 1, 3, 4)
+    with pytest.raises(UserError, match=r"attention of backend .*Expected \[1, 2, 3, 4\]"):
+        attention.attend(q, k, k, mask=None, scale=1.0)
+
+
 def test_the_text_of_a_layer_names_its_backend():
     assert "in_features=8, out_features=5, bias=True, backend=dense" in str(BackendLinear(8, 5))
 
