@@ -46,7 +46,7 @@ def program(argv: Sequence[str]) -> int:
 
 
 def compile_step(config: TrainConfig) -> int:
-    from apps.training.compile_command import compile_artifact, region_table, summary
+    from apps.training.compile_command import compile_artifact, debug_folder, region_table, summary
     from apps.training.step_plan import plan_step
 
     plan = plan_step(config)
@@ -54,6 +54,8 @@ def compile_step(config: TrainConfig) -> int:
     artifact = compile_artifact(config, plan)
     if config.compile.verbose:
         print(region_table(artifact))
+    if config.compile.debug:
+        print(f"Graphs and generated code: {debug_folder(artifact.path)}/")
     print(summary(artifact, plan))
     return 0
 
@@ -108,6 +110,7 @@ def train(config: TrainConfig) -> int:
     loader = TrainLoader(
         dataset, batch_size=settings.batch_size, seed=settings.seed, gradient_accumulation_steps=accumulation
     )
+    loader.check()
     count = count_steps(loader.steps_per_epoch, num_epochs=settings.num_epochs, max_steps=settings.max_steps)
     rows = f"{dataset.num_train_rows:,} train rows ({loader.unused_rows} left over in each epoch, others every time)"
     print(f"Dataset: {dataset.folder}, {rows}, {dataset.num_dev_rows:,} dev rows")

@@ -21,6 +21,7 @@ from compiled.regions import Region, RegionSpec
 from compiled.spec import SCHEMA_VERSION, FieldDifference, StepSpec, difference, difference_table
 
 SUFFIX = ".substrate"
+_MANIFEST_PARTS = {"spec", "regions", "schedule", "optimizer", "parameters", "cost", "compile_seconds", "members"}
 _COMPILE_AGAIN = "compile it again with command=compile."
 
 
@@ -180,6 +181,9 @@ def _manifest(archive: zipfile.ZipFile, path: Path) -> dict[str, Any]:
             f"Artifact {path} has schema version {versions.get('schema')}, this program reads {SCHEMA_VERSION}; "
             f"{_COMPILE_AGAIN}"
         )
+    missing = sorted(_MANIFEST_PARTS - manifest.keys())
+    if missing:
+        raise UserError(f"Artifact {path} lacks {', '.join(missing)} in its manifest; {_COMPILE_AGAIN}")
     return manifest
 
 

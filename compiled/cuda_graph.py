@@ -8,6 +8,7 @@ replays.
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,15 @@ class _Recorded:
 
 
 class GraphedProgram(CompiledProgram):
-    """A `CompiledProgram` whose train step is replayed; same results, bit for bit."""
+    """A `CompiledProgram` whose train step is replayed: the same kernels in the same order.
 
-    _recorded: dict[tuple[int, bool], _Recorded | None]
+    Losses agree within the rounding of the embedding's gradient, which CUDA sums in an order of its own.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # by number of microbatches and whether gradients are clipped; None: ran once, to be recorded next
+        self._records: dict[tuple[int, bool], _Recorded | None] = {}
 
     def train_step(
         self,
@@ -37,12 +44,11 @@ class GraphedProgram(CompiledProgram):
     ) -> StepResult:
         """As `CompiledProgram.train_step`; each number of microbatches, clipped or not, has a recording of its own."""
         kind = (len(microbatches), max_grad_norm is None)
-        records = self.__dict__.setdefault("_recorded", {})
-        if kind not in records:
-            records[kind] = None
+        if kind not in self._records:
+            self._records[kind] = None
             return super().train_step(microbatches, hyperparameters, max_grad_norm)
-        record = records[kind] or self._record(microbatches, hyperparameters, max_grad_norm)
-        records[kind] = record
+        record = self._records[kind] or self._record(microbatches, hyperparameters, max_grad_norm)
+        self._records[kind] = record
         for static, given in zip(record.microbatches, microbatches, strict=True):
             for name, tensor in static.items():
                 tensor.copy_(given[name], non_blocking=True)

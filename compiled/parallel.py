@@ -22,9 +22,8 @@ from compiled import lowering
 from compiled.capture import Captured
 from compiled.regions import RegionSpec
 
-Report = Callable[
-    [RegionSpec, int, int], None
-]  # called when a region is done: its spec, how many are done, of how many
+# Called when a region is done: its spec, how many are done, of how many.
+Report = Callable[[RegionSpec, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apps.training.config_schema import TrainConfig
 from apps.training.files import atomic_path, require_writable
-from apps.training.memory import estimate, gibibytes
+from apps.training.memory import compiled_estimate, gibibytes
 from apps.training.progress import Progress
 from apps.training.step_plan import StepPlan
 from backends.routing_table import count_text, plain_table
@@ -19,7 +19,7 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
     """Compile the planned step into `compile.output_dir`; nothing is left there when it fails."""
     target = Path(config.compile.output_dir) / plan.spec.file_name
     require_writable(target.parent, "compile.output_dir")  # before the work, not after it
-    debug = target.with_suffix(".debug") if config.compile.debug else None
+    debug = debug_folder(target) if config.compile.debug else None
     # from before the tracing, so that the first region's time counts; how many there are is known with the first
     with Progress(None, "Compiling", "regions", mode=config.logging.progress) as progress:
 
@@ -41,17 +41,9 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
     return open_artifact(target)
 
 
-def expected_memory(artifact: Artifact, plan: StepPlan, *, accumulate: bool = False) -> str:
-    """The memory a run of the artifact takes, as text with its parts."""
-    cost = artifact.manifest["cost"]
-    needed = estimate(
-        artifact.manifest["parameters"],
-        plan.precision,
-        state_tensors=len(plan.optimizer.state_names),
-        activations=cost["activation_bytes"] + cost["head_bytes"],
-        wide_gradients=accumulate,
-    )
-    return str(needed)
+def debug_folder(artifact: Path) -> Path:
+    """Where `compile.debug=true` keeps the graphs and the generated code of an artifact."""
+    return artifact.with_suffix(".debug")
 
 
 def summary(artifact: Artifact, plan: StepPlan) -> str:
@@ -67,7 +59,7 @@ def summary(artifact: Artifact, plan: StepPlan) -> str:
         ("Parameters", f"{manifest['parameters']:,}"),
         ("FLOPs per step", f"{count_text(cost['flops'])}  ({count_text(cost['flops'] / tokens)} per token)"),
         ("Bytes per step", gibibytes(cost["bytes"])),
-        ("Expected memory", expected_memory(artifact, plan)),
+        ("Expected memory", str(compiled_estimate(manifest, plan.precision, several_microbatches=False))),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name + ':':{width + 1}} {value}" for name, value in rows)

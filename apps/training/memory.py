@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,20 @@ def estimate(
         moments=num_parameters * width["moments"] * state_tensors,
         gradients=num_parameters * gradient,
         activations=activations,
+    )
+
+
+def compiled_estimate(
+    manifest: Mapping[str, Any], precision: PrecisionPolicy, *, several_microbatches: bool
+) -> MemoryEstimate:
+    """The peak of a run of the artifact with this manifest; gradients summed over microbatches are wider."""
+    cost = manifest["cost"]
+    return estimate(
+        manifest["parameters"],
+        precision,
+        state_tensors=len(manifest["optimizer"]["state"]),
+        activations=cost["activation_bytes"] + cost["head_bytes"],
+        wide_gradients=several_microbatches,
     )
 
 

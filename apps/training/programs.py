@@ -7,7 +7,7 @@ from typing import Any
 
 from apps.training.config_schema import TrainConfig
 from apps.training.eager_program import EagerProgram
-from apps.training.memory import MemoryEstimate, eager_activations, estimate
+from apps.training.memory import MemoryEstimate, compiled_estimate, eager_activations, estimate
 from apps.training.step_plan import StepPlan, compile_command
 from apps.training.trainer import Program
 from backends.errors import UserError
@@ -67,22 +67,15 @@ def _program_class(cuda_graph: str, artifact: Artifact) -> type[CompiledProgram]
 
 def run_memory(config: TrainConfig, plan: StepPlan, artifact: Artifact | None) -> MemoryEstimate:
     """What the run will hold at its peak."""
-    precision = plan.precision
-    if artifact is None:
-        activations = eager_activations(
-            plan.model_config,
-            precision,
-            batch_size=config.training.batch_size,
-            seq_length=config.model.max_seq_length,
-        )
-    else:
-        cost = artifact.manifest["cost"]
-        activations = cost["activation_bytes"] + cost["head_bytes"]
-    several = config.training.gradient_accumulation_steps > 1
+    precision, training = plan.precision, config.training
+    several = training.gradient_accumulation_steps > 1
+    if artifact is not None:
+        return compiled_estimate(artifact.manifest, precision, several_microbatches=several)
+    length = config.model.max_seq_length
     return estimate(
         sum(parameter.numel() for parameter in plan.model.parameters()),
         precision,
         state_tensors=len(plan.optimizer.state_names),
-        activations=activations,
-        wide_gradients=several or (artifact is None and BITS[precision.parameters] < BITS["float32"]),
+        activations=eager_activations(plan.model_config, precision, batch_size=training.batch_size, seq_length=length),
+        wide_gradients=several or BITS[precision.parameters] < BITS["float32"],
     )

@@ -65,6 +65,15 @@ def test_a_dataset_with_a_larger_vocabulary(refused: Refused, tmp_path: Path) ->
     assert "(vocabulary 300) is not compatible with this model (vocabulary 100)" in error
 
 
+def test_a_token_that_the_vocabulary_lacks(refused: Refused, tiny_dataset: Path, tmp_path: Path) -> None:
+    """Found when the first rows are read, which is before the run's folder is made."""
+    shutil.copytree(tiny_dataset, tmp_path / "data")
+    for path in (tmp_path / "data").glob("train_*.hdf5"):
+        with h5py.File(path, "r+") as file:
+            file["input_ids"][:] = 299_000
+    assert "299000" in refused(training__dataset=str(tmp_path / "data"))
+
+
 def test_a_batch_larger_than_the_dataset(refused: Refused) -> None:
     error = refused(training__batch_size="64", training__gradient_accumulation_steps="16")
     assert "One step takes 1024 rows but the dataset" in error

@@ -23,7 +23,8 @@ CODE = {"regions/a": bytes(range(64)), "regions/b": b"\x7fELF" + b"code" * 9, "g
 
 
 def manifest_of(spec: StepSpec) -> dict[str, Any]:
-    return {"spec": spec.to_json(), "regions": {}, "schedule": {}}
+    parts = {"regions": {}, "schedule": {}, "optimizer": {}, "cost": {}, "parameters": 0, "compile_seconds": 0.0}
+    return {"spec": spec.to_json(), **parts}
 
 
 def content(spec: StepSpec | None = None) -> bytes:
@@ -165,6 +166,14 @@ def test_a_whole_file_without_a_schema_version_is_refused(tmp_path: Path, manife
         with pytest.raises(UserError, match=r"schema version None, this program reads 1"):
             read(tmp_path / "later.substrate")
     assert find(tmp_path, make_spec()) is None
+
+
+def test_a_whole_file_that_lacks_a_part_is_refused_by_its_name(tmp_path: Path) -> None:
+    manifest = manifest_of(make_spec())
+    del manifest["schedule"], manifest["cost"]
+    (tmp_path / "x.substrate").write_bytes(pack(manifest, CODE.items()))
+    with pytest.raises(UserError, match=r"lacks cost, schedule in its manifest; compile it again"):
+        open_artifact(tmp_path / "x.substrate")
 
 
 def test_require_accepts_an_equal_step_and_names_each_field_that_differs(tmp_path: Path) -> None:

@@ -73,6 +73,10 @@ class TrainLoader:
         first = step_of_epoch * self.rows_per_step + (micro * self.world_size + self.rank) * self.batch_size
         return shuffled(first + np.arange(self.batch_size), self.dataset.num_train_rows, self.seed, epoch)
 
+    def check(self) -> None:
+        """Read the first batch, so that what is wrong with the rows is a UserError before a run writes anything."""
+        self.dataset.train.read(self.row_numbers(self.start_batch))
+
     def __iter__(self) -> Iterator[Rows]:
         read = self.dataset.train.read
         return prefetched(read(self.row_numbers(batch)) for batch in count(self.start_batch))

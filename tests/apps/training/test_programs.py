@@ -67,9 +67,10 @@ def test_the_nearest_artifact_is_shown_with_the_fields_that_differ(
 
 
 def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig, plan: StepPlan) -> None:
-    artifact = Artifact(Path("a.substrate"), {"cost": {"activation_bytes": 1000, "head_bytes": 24}})
-    needed = run_memory(config, plan, artifact)
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
+    cost, state = {"activation_bytes": 1000, "head_bytes": 24}, {"state": ["exp_avg", "exp_avg_sq"]}
+    artifact = Artifact(Path("a.substrate"), {"cost": cost, "optimizer": state, "parameters": parameters})
+    needed = run_memory(config, plan, artifact)
     assert needed.activations == 1024
     assert needed.parameters == needed.gradients == 4 * parameters
     assert needed.moments == 8 * parameters

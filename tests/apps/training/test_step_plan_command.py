@@ -16,6 +16,7 @@ from apps.training.step_plan import compile_command, plan_step
 from backends.errors import UserError
 from compiled.artifact import pack
 from tests.apps.training.plans import SCALED, settings_of, write_config
+from tests.compiled.test_artifact import manifest_of
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def put_artifact(folder: Path, config: TrainConfig) -> Path:
     spec = plan_step(config).spec
     folder.mkdir(exist_ok=True)
     path = folder / spec.file_name
-    path.write_bytes(pack({"spec": spec.to_json(), "regions": {}}, [("regions/x", b"code")]))
+    path.write_bytes(pack(manifest_of(spec), [("regions/x", b"code")]))
     return path
 
 

@@ -93,6 +93,14 @@ def test_an_error_while_reading_reaches_the_trainer(make_opened):
         next(loader)
 
 
+def test_a_check_meets_the_error_before_the_trainer_does(make_opened):
+    dataset = make_opened()
+    for file in dataset.train.files:
+        file.path.unlink()
+    with pytest.raises(UserError, match="Cannot read rows"):
+        TrainLoader(dataset, batch_size=4, seed=0).check()
+
+
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 5), (1, 2), (2, 2), (4, 3)])
 def test_every_dev_row_counts_once_over_all_workers(make_opened, world_size, batch_size):
     dataset = make_opened(dev=5)
