@@ -2,11 +2,15 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from apps.training.config import parse
+from benchmarks.step_speed import OWN
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -27,6 +31,18 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     assert BLOCKS[0] == ("bash", "make demo\nmake test\n")
 
 
+def test_the_benchmarks_of_the_readme_have_settings_that_exist() -> None:
+    """They are not run here: they need a GPU, or an idle machine."""
+    benchmarks = [block for language, block in BLOCKS if language == "text"]
+    assert len(benchmarks) >= 2
+    for block in benchmarks:
+        python, script, *given = shlex.split(block)
+        assert python == "python"
+        assert (ROOT / script).is_file()
+        settings = [argument for argument in given if argument.split("=")[0] not in OWN]
+        assert parse(["command=compile", *settings]).command == "compile"
+
+
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     folder = reader_folder(tmp_path)
@@ -37,6 +53,8 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         "DEMO_STEPS": "2",
     }
     for language, block in BLOCKS:
+        if language == "text":  # a benchmark, for another machine or an idle one
+            continue
         if language == "python":  # a file, named by its first line
             (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
             continue
