@@ -36,7 +36,7 @@ def test_the_benchmarks_of_the_readme_have_settings_that_exist() -> None:
     benchmarks = [block for language, block in BLOCKS if language == "text"]
     assert len(benchmarks) >= 2
     for block in benchmarks:
-        python, script, *given = shlex.split(block)
+        python, script, *given = shlex.split(block.replace("\\\n", " "))
         assert python == "python"
         assert (ROOT / script).is_file()
         settings = [argument for argument in given if argument.split("=")[0] not in OWN]
