@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,7 +10,10 @@ from backends.base import Backend, State
 
 
 class Dense(Backend):
-    """F.linear and scaled_dot_product_attention; bit-identical to Hugging Face with attn_implementation="sdpa"."""
+    """F.linear and scaled_dot_product_attention; bit-identical to Hugging Face with attn_implementation="sdpa".
+
+    One exception: training in bfloat16 on a CPU with short sequences takes two products and a float32 softmax.
+    """
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: State, *, training: bool = False
@@ -31,6 +35,8 @@ class Dense(Backend):
         state: State,
         training: bool = False,
     ) -> tuple[Tensor, State]:
+        if training and _composed_is_faster(q, k):
+            return super().attention(q, k, v, mask=mask, scale=scale, is_causal=is_causal, state=state)
         queries, heads, groups = q.shape[2], q.shape[1], k.shape[1]
         is_causal = is_causal and mask is None and queries > 1
         if is_causal and k.shape[2] > queries:
@@ -44,6 +50,15 @@ class Dense(Backend):
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
         return out, state
+
+
+def _composed_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether two oneDNN products and a softmax beat the flash kernel, whose tiles are small products without AVX-512.
+
+    On two EPYC cores, a block's forward and backward in ms, composed and flash: 21.1 and 27.2 at 4x256 tokens,
+    45.2 and 39.3 at 1x1024, 190 and 95 at 1x2048.
+    """
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and 1 < k.shape[2] <= 512
 
 
 def _repeat_heads(x: Tensor, times: int) -> Tensor:

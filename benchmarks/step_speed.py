@@ -1,14 +1,16 @@
-"""Time of a train step: compiled regions against what a user would take instead, side by side in one process.
+"""Time of a train step: compiled regions against what a user would take instead, side by side.
 
     python benchmarks/step_speed.py checkpoint.config_name=clm-60m model.max_seq_length=2048 training.batch_size=16 \
         model.dtype=bfloat16 optimizer.moments_dtype=bfloat16 optimizer.master_weights=none peers=none
 
-Random tokens, no clipping, AdamW. Variants take turns, `steps` rounds of them; a line for each gives the minimum and
-median time of a step, and one for each peer the ratios. Peers are plain transformers with fused AdamW: `eager`, and
-`compile` for torch.compile. `config=FILE` names a Hugging Face config.json folder by `checkpoint.config_name`.
+Random tokens, no clipping, AdamW. Each variant is a process of its own, set up as its user would have it (our runs
+also set the memory allocator); they take turns, `steps` rounds of them, so that a busy moment of the machine meets all.
+A line for each gives the minimum and median time of a step, and one for each peer the ratios. Peers are plain
+transformers with fused AdamW: `eager`, and `compile` for torch.compile. `checkpoint.config_name` may be a folder.
 """
 
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -25,34 +27,74 @@ OWN = {"peers": "eager,compile", "steps": "12", "graph": "auto"}
 def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     own = {name: given.pop(name, default) for name, default in OWN.items()}
-    started = time.perf_counter()
-    import torch
-    import transformers
-
-    import modelzoo
     from apps.training.compile_command import compile_artifact, region_table, summary
     from apps.training.config import parse
     from apps.training.step_plan import plan_step
 
-    print(json.dumps({"imports_s": round(time.perf_counter() - started, 2), "torch": torch.__version__}), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"{key}={value}" for key, value in given.items()]
-        config = parse(["command=compile", f"compile.output_dir={folder}", *settings])
+        settings = [f"compile.output_dir={folder}", *(f"{key}={value}" for key, value in given.items())]
+        config = parse(["command=compile", *settings])
         plan = plan_step(config)
         artifact = compile_artifact(config, plan)
         print(summary(artifact, plan) + "\n" + region_table(artifact), flush=True)
-        device = torch.device(plan.spec.device["kind"])
-        dtype = getattr(torch, config.model.dtype)
+        on_gpu = plan.spec.device["kind"] == "cuda"
+        names = ["regions"] + ["regions+graph"] * (on_gpu and own["graph"] != "off")
+        names += [peer for peer in own["peers"].split(",") if peer != "none"]
+        variants = {name: start(name, settings) for name in names}
+        report(variants, int(own["steps"]), plan, artifact.manifest["cost"]["flops"], repeats=5 if on_gpu else 1)
+
+
+def start(name: str, settings: list[str]) -> Callable[[str], float]:
+    """Start a variant and wait until it is warm; returns a function that lets it work and gives what it answers."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=serve, args=(name, settings, theirs), daemon=True).start()
+    theirs.close()
+
+    def ask(what: str) -> float:
+        ours.send(what)
+        return ours.recv()
+
+    ask("1")
+    return ask
+
+
+def serve(name: str, settings: list[str], pipe) -> None:
+    """One variant's process: answers a number of steps with their mean seconds, and `memory` with its peak in GiB."""
+    import torch
+
+    import modelzoo
+    from apps.training.config import parse
+    from apps.training.devices import open_device
+    from apps.training.programs import require_artifact
+    from apps.training.step_plan import plan_step
+
+    config = parse(["command=run", *settings])
+    plan = plan_step(config)
+    dtype = getattr(torch, config.model.dtype)
+    if name.startswith("regions"):
+        device = open_device(plan.spec.device["kind"], None)
         model = modelzoo.build_model(plan.model_config, device=device, dtype=dtype, seed=1)
-        variants = {"regions": regions_step(artifact, plan, model, "off")}
-        if device.type == "cuda" and own["graph"] != "off":
-            graphed = modelzoo.build_model(plan.model_config, device=device, dtype=dtype, seed=1)
-            variants["regions+graph"] = regions_step(artifact, plan, graphed, "on")
-        hugging_face = transformers.LlamaConfig(**plan.spec.model)
-        for peer in own["peers"].split(","):
-            if peer != "none":
-                variants[peer] = peer_step(hugging_face, device, dtype, plan, compiled=peer == "compile")
-        report(variants, int(own["steps"]), plan, artifact.manifest["cost"]["flops"], device.type)
+        step = regions_step(require_artifact(config, plan), plan, model, "on" if name.endswith("graph") else "off")
+    else:
+        device = torch.device(plan.spec.device["kind"])
+        step = peer_step(plan, device, dtype, compiled=name == "compile")
+    for _ in range(3):
+        step()
+    while True:
+        try:
+            asked = pipe.recv()
+        except EOFError:  # the benchmark is over
+            return
+        if asked == "memory":
+            pipe.send(torch.cuda.max_memory_allocated() / 2**30)
+            continue
+        synchronize(device)
+        started = time.perf_counter()
+        for _ in range(int(asked)):
+            step()
+        synchronize(device)
+        pipe.send((time.perf_counter() - started) / int(asked))
 
 
 def batch(plan, device):
@@ -100,11 +142,12 @@ def regions_step(artifact, plan, model, graph: str) -> Callable[[], None]:
     return lambda: program.train_step([data], hyper, None)
 
 
-def peer_step(config, device, dtype, plan, *, compiled: bool) -> Callable[[], None]:
+def peer_step(plan, device, dtype, *, compiled: bool) -> Callable[[], None]:
     """Plain transformers with fused AdamW."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig(**plan.spec.model)
     config._attn_implementation, config.use_cache = "sdpa", False
     torch.set_default_dtype(dtype)
     with device:
@@ -129,30 +172,19 @@ def synchronize(device) -> None:
         torch.cuda.synchronize()
 
 
-def report(variants: dict[str, Callable[[], None]], steps: int, plan, flops: int, device: str) -> None:
-    """Warm every variant up, time them in turns, print times and ratios."""
-    import torch
-
-    for step in variants.values():
-        for _ in range(3):
-            step()
+def report(variants: dict[str, Callable[[str], float]], steps: int, plan, flops: int, repeats: int) -> None:
+    """Time the variants in turns, print times and ratios."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(steps):
-        for name, step in variants.items():
-            repeats = 5 if device == "cuda" else 1
-            synchronize(device)
-            started = time.perf_counter()
-            for _ in range(repeats):
-                step()
-            synchronize(device)
-            times[name].append((time.perf_counter() - started) / repeats)
+        for name, ask in variants.items():
+            times[name].append(ask(str(repeats)))
     tokens = plan.spec.batch_size * plan.spec.max_seq_length
     for name, seconds in times.items():
         low, middle = min(seconds), statistics.median(seconds)
         line = {"variant": name, "min_ms": round(low * 1e3, 2), "median_ms": round(middle * 1e3, 2)}
         line |= {"tokens_per_s": round(tokens / middle), "tflops": round(flops / middle / 1e12, 2)}
-        if device == "cuda":
-            line["peak_gib_all_variants"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if plan.spec.device["kind"] == "cuda":
+            line["peak_gib"] = round(variants[name]("memory"), 2)
         print(json.dumps(line), flush=True)
     ours = times["regions"]
     for name, seconds in times.items():

@@ -22,7 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from backends.errors import UserError
+from compiled.lowering_products import any_weight, give_to_onednn
 from compiled.regions import RunFunction
+from compiled.spec import float32_library
 
 
 def fake_mode() -> FakeTensorMode:
@@ -149,9 +151,13 @@ def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: 
 def _lower_cpu(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
     from torch._inductor import aot_compile
 
+    with_onednn = float32_library() == "onednn"
+    if with_onednn:
+        graph = give_to_onednn(graph)
+    products = any_weight() if with_onednn else contextlib.nullcontext()
     # The compiler keeps its sources beside the library: let it work in a folder that goes away, with its parent if this
     # process is killed.
-    with tempfile.TemporaryDirectory(prefix="lower-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="lower-", dir=path.parent) as folder, products:
         library = aot_compile(graph, tuple(inputs), options={"aot_inductor.output_path": f"{folder}/region.so"})
         path.write_bytes(Path(str(library)).read_bytes())
 

@@ -59,3 +59,34 @@ def test_linear_and_matmul_are_those_of_torch():
     assert torch.equal(Dense().linear(x, weight, bias, {})[0], F.linear(x, weight, bias))
     a, b = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 5, 6)
     assert torch.equal(Dense().matmul(a, b, {})[0], a @ b)
+
+
+@pytest.mark.parametrize("length", [37, 513])  # composed, flash
+@pytest.mark.parametrize("masked", [False, True])
+def test_training_in_bfloat16_is_as_exact_as_the_flash_kernel(length, masked):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, length, 16, generator=generator).bfloat16().requires_grad_()
+    k, v = (torch.randn(2, 2, length, 16, generator=generator).bfloat16().requires_grad_() for _ in range(2))
+    mask = torch.ones(length, length).tril().triu(-9).bool().expand(2, 1, -1, -1) if masked else None
+
+    def errors(attention, training):
+        def results(*tensors):
+            out = attention(*tensors, mask=mask, scale=0.25, is_causal=True, state={}, training=training)[0]
+            return (out, *torch.autograd.grad(out.square().sum(), tensors))
+
+        exact = results(*(tensor.detach().double().requires_grad_() for tensor in (q, k, v)))
+        pairs = zip(results(q, k, v), exact, strict=True)
+        return torch.stack([(ours.double() - theirs).norm() / theirs.norm() for ours, theirs in pairs])
+
+    attention = Dense().attention
+    assert (errors(attention, True) < 2 * errors(attention, False)).all()
+    assert (errors(attention, True) < 0.02).all()
+
+
+def test_training_takes_the_flash_kernel_where_it_is_faster(monkeypatch):
+    taken = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *_, **__: taken.append(q.shape[2]) or q)
+    for length in (2, 512, 513):
+        x = torch.randn(1, 1, length, 8, dtype=torch.bfloat16)
+        Dense().attention(x, x, x, mask=None, scale=1.0, is_causal=True, state={}, training=True)
+    assert taken == [513]

@@ -21,6 +21,7 @@ from compiled.spec import (
     difference,
     difference_table,
     flatten,
+    float32_library,
 )
 
 NAMES = st.text("abc_", min_size=1, max_size=4)
@@ -133,7 +134,26 @@ def test_versions_name_the_schema_and_the_torch_that_makes_the_code() -> None:
 def test_a_cpu_is_described_by_what_compilers_use_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "processor : 0\nflags\t\t: fpu sse2 avx2 ht avx512f constant_tsc fma avx2\nflags : other\n"
     monkeypatch.setattr(Path, "read_text", lambda *_: text)
-    assert describe_device("cpu") == {"kind": "cpu", "isa": ["avx2", "avx512f", "fma", "sse2"]}
+    isa = ["avx2", "avx512f", "fma", "sse2"]
+    assert describe_device("cpu") == {"kind": "cpu", "isa": isa, "float32_products": "default"}
+
+
+@pytest.mark.parametrize(
+    ("maker", "flags", "library"),
+    [
+        ("AuthenticAMD", "avx2 avx512f", "onednn"),
+        ("AuthenticAMD", "avx2", "default"),  # MKL's AVX2 kernels are as good
+        ("GenuineIntel", "avx2 avx512f", "default"),
+    ],
+)
+def test_float32_products_go_to_the_library_that_is_known_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, maker: str, flags: str, library: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(Path, "read_text", lambda *_: f"vendor_id\t: {maker}\nflags\t: {flags}\n")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert float32_library() == library
 
 
 def test_a_system_without_cpuinfo_has_no_features(monkeypatch: pytest.MonkeyPatch) -> None:
