@@ -85,6 +85,9 @@ def _check(config: TrainConfig) -> None:
             "Please specify exactly one of checkpoint.config_name or checkpoint.model_name_or_path; got "
             f"checkpoint.config_name={names.config_name} and checkpoint.model_name_or_path={names.model_name_or_path}."
         )
+    steps = names.save_steps
+    if isinstance(steps, list) and (not steps or min(steps) < 1):
+        raise UserError(f"checkpoint.save_steps={steps}. Expected int, at least 1, or a list of such: [100, 500].")
     for number, rule in enumerate(config.backend.rules):
         if not (isinstance(rule.get("match"), str) and isinstance(rule.get("use"), str)):
             raise UserError(f"backend.rules[{number}] is {rule}. Expected {{match: 'PATTERN', use: BACKEND, ...}}.")

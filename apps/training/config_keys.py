@@ -66,8 +66,10 @@ class Key:
         """The type as a person reads it: `int`, `cpu|cuda`, `list`."""
         if self.choices:
             return "|".join(map(str, self.choices))
-        plain = get_origin(self.plain_type) or self.plain_type
-        return getattr(plain, "__name__", str(plain))
+        if get_origin(self.plain_type) in (Union, types.UnionType):
+            members = (member for member in get_args(self.plain_type) if member is not types.NoneType)
+            return " or ".join(_name(member) for member in members)
+        return _name(self.plain_type)
 
     @property
     def expected(self) -> str:
@@ -75,6 +77,11 @@ class Key:
         bounds = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
         parts = [self.type_name, *(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)]
         return ", ".join(parts) + (" or null" if self.optional else "")
+
+
+def _name(kind: Any) -> str:
+    plain = get_origin(kind) or kind
+    return getattr(plain, "__name__", str(plain))
 
 
 KEY_METADATA = {field.name for field in dataclasses.fields(Key)} - {"path", "type", "default"}

@@ -54,13 +54,24 @@ class ModelConfig:
 class CheckpointConfig:
     config_name: str | None = setting(None, "named model or folder with config.json; random weights; null: demo")
     model_name_or_path: str | None = setting(None, "folder with weights; command=compile reads only its config")
+    save: bool = setting(False, "save checkpoints to go on from, in the background; the last step's too")
+    save_path: str | None = setting(None, "where checkpoints go, as iter_STEP; null: OUTPUT_DIR/checkpoints")
+    save_steps: int | list[int] = setting(1000, "save every so many steps, or after the steps of a list", at_least=1)
+    keep: int | None = setting(None, "newest checkpoints to keep; null: all", at_least=1)
+    load: bool = setting(False, "go on from a checkpoint")
+    load_path: str | None = setting(None, "an iter_STEP folder, or a folder of them: the newest; null: save_path")
+    num_steps: int | None = setting(None, "steps to take now, of the whole run's; null: to its end", at_least=1)
+    overwrite_config: bool = setting(False, "settings given here replace those stored in the checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     dataset: str | None = setting(None, "dataset folder; null: the embedded corpus, prepared when missing")
     batch_size: int = setting(8, "rows per worker and microbatch; fixed by the artifact", at_least=1)
-    gradient_accumulation_steps: int = setting(1, "microbatches in a step", at_least=1)
+    gradient_accumulation_steps: int = setting(1, "microbatches of a worker in a step", at_least=1)
+    global_batch_size: int | None = setting(
+        None, "rows of a step over all workers; sets gradient_accumulation_steps", at_least=1
+    )
     max_steps: int | None = setting(None, "stop after this many steps; null: after num_epochs", at_least=1)
     num_epochs: int = setting(1, "passes over the training rows", at_least=1)
     seed: int = setting(42, "seed of the random weights and of the order of the rows", at_least=0)
@@ -69,6 +80,14 @@ class TrainingConfig:
     evaluate: bool = setting(True, "evaluate on the dev split at the end")
     eval_steps: int | None = setting(None, "evaluate every so many steps too", at_least=1)
     max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; null: do not clip", above=0)
+    resume: Literal["off", "auto"] = setting("off", "auto: go on from this run's newest checkpoint, if it has one")
+    deterministic: bool = setting(False, "equal bits in every run on a GPU too (a CPU always does); fixed by the artifact")
+    shard_optimizer: bool = setting(False, "ZeRO-1: each worker keeps and updates a share of masters and moments")
+    reduce_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "dtype gradients are summed over workers in; auto: at least float32"
+    )
+    reduce_bucket_mb: int = setting(50, "MiB of gradients that are summed over workers at a time", at_least=1)
+    worker_timeout: float = setting(300.0, "seconds without progress of a worker that end the job", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
