@@ -74,6 +74,7 @@ class GraphedProgram(CompiledProgram):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # NCCL's watchdog thread asks the device about its events meanwhile: only this thread is being recorded.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = super().train_step(static, hyper, clip)
         return _Recorded(graph, static, hyper, clip, result)

@@ -3,30 +3,30 @@
 forward    embed → block 0 … block L-1, keeping what each backward needs (with recompute: each block's input only)
 head       a chunk of tokens at a time: loss, gradients of the hidden states, of the norm, of the projection
 backward   block L-1 … block 0 → embed; as soon as a group's gradients are final they go to the sink
+reduce     a group's gradients are summed over the workers while the blocks below run backward
 update     a group at a time, in place
 
-The sink makes the step: update at once (one microbatch, no clipping: gradients never all live together), or keep and
-sum.
+Without clipping a group is updated as soon as it is summed, so that gradients never all live together.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from backends.errors import UserError
 from compiled.artifact import Artifact
 from compiled.binding import Binding
+from compiled.reduction import Gradients, OneWorker, Reducer
 from compiled.stages import StagedModel
+from compiled.updating import Updater
 
-Gradients = dict[str, Tensor]  # by the model's parameter name
 Sink = Callable[[int, Gradients], None]  # (group, its gradients of this microbatch, final)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """0-d tensors: Σ grad_scale · CE over the microbatches, and the gradients' global norm before clipping.
+    """0-d tensors: Σ grad_scale · CE over microbatches and workers, and the gradients' global norm before clipping.
 
     The norm is None when gradients are not clipped.
     """
@@ -38,39 +38,38 @@ class StepResult:
 class CompiledProgram:
     """Trains `model` in place through the regions of `artifact`.
 
-    The model lies on the artifact's device in its final dtypes. `moments_dtype` is that of the optimizer's state;
-    `master_dtype` that of the wider copy of the weights which is updated (None: there is none).
+    The model lies on the artifact's device in its final dtypes. `moments_dtype` and `master_dtype` as for `Updater`;
+    `reducer` sums over the workers of the job.
     """
 
     def __init__(
-        self, artifact: Artifact, model: nn.Module, *, moments_dtype: torch.dtype, master_dtype: torch.dtype | None
+        self,
+        artifact: Artifact,
+        model: nn.Module,
+        *,
+        moments_dtype: torch.dtype,
+        master_dtype: torch.dtype | None,
+        reducer: Reducer | None = None,
     ) -> None:
         self.binding = Binding(artifact, model)
         self.spec = artifact.spec
         schedule = artifact.manifest["schedule"]
         self.embed, self.blocks, self.head = schedule["embed"], schedule["blocks"], schedule["head"]
-        self.groups = schedule["updates"]
         self.model: StagedModel = model  # type: ignore[assignment]
         self.device = next(model.parameters()).device
         cos, sin = self.model.rotary_tables(self.spec["max_seq_length"], self.device)
         self.tables = {"cos": cos, "sin": sin}
-        rows = {name: row for row, (name, _) in enumerate(model.named_parameters())}
-        self._rows = [self._row_index([rows[full] for full in group["parameters"].values()]) for group in self.groups]
-        self.state: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                names = artifact.manifest["optimizer"]["state"]
-                self.state[name] = {state: torch.zeros_like(parameter.detach(), dtype=moments_dtype) for state in names}
-                if master_dtype is not None:
-                    self.state[name]["master"] = parameter.detach().to(master_dtype, copy=True)
-        work = master_dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)
-        self._one = torch.ones((), dtype=work, device=self.device)
-
-    def _row_index(self, rows: list[int]) -> slice | Tensor:
-        """The rows of the hyper-parameter table that belong to a group: a slice where they lie side by side."""
-        if not rows or rows == list(range(rows[0], rows[0] + len(rows))):
-            return slice(rows[0], rows[0] + len(rows)) if rows else slice(0)
-        return torch.tensor(rows, device=self.device)
+        self.reducer: Reducer = reducer or OneWorker()
+        self.updater = Updater(
+            self.binding,
+            artifact.manifest,
+            model,
+            self.reducer,
+            moments_dtype=moments_dtype,
+            master_dtype=master_dtype,
+        )
+        self.optimizer_state = self.updater.optimizer_state
+        self.load_optimizer_state = self.updater.load_optimizer_state
 
     # --- what a trainer calls -----------------------------------------------------------------------------------------
 
@@ -86,24 +85,34 @@ class CompiledProgram:
         `hyperparameters` [parameters, hyper-parameters] has a row for each of `model.named_parameters()`, in order.
         """
         hyper = hyperparameters.to(self.device, non_blocking=True)
-        if len(microbatches) == 1 and max_grad_norm is None:
-            loss = self._sweep(microbatches[0], lambda group, grads: self._update(group, grads, hyper, self._one))
-            return StepResult(loss, None)
-        gathered, loss = self._gather(microbatches)
-        norm, coefficient = None, self._one
+        wide = len(microbatches) > 1 or self.reducer.widens
+
+        def update(groups: Iterable[tuple[int, Gradients]], coefficient: Tensor) -> None:
+            for group, gradients in groups:
+                self.updater.update(group, gradients, hyper, coefficient, wide=wide)
+                gradients.clear()
+
+        def on_start() -> None:
+            if max_grad_norm is None:
+                update(self.reducer.finished(everything=False), self.updater.one)
+
+        loss = self._sum_gradients(microbatches, on_start)
+        norm, coefficient = None, self.updater.one
+        summed = self.reducer.finished(everything=True)
         if max_grad_norm is not None:
-            norm = self._norm(gathered)
-            coefficient = torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0).to(self._one.dtype)
-        for group, gradients in gathered.items():
-            self._update(group, gradients, hyper, coefficient, summed=len(microbatches) > 1)
-            gradients.clear()
-        return StepResult(loss, norm)
+            gathered = list(summed)
+            norm = self.updater.norm(gradients for _, gradients in gathered)
+            coefficient, summed = self.updater.clip(norm, max_grad_norm), iter(gathered)
+        update(summed, coefficient)
+        self.reducer.settle()
+        return StepResult(self.reducer.sum_(loss), norm)
 
     @torch.no_grad()
     def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> Gradients:
-        """Gradients of Σ grad_scale · CE over the microbatches, by parameter name; nothing is updated."""
-        gathered, _ = self._gather(microbatches, commit=False)
-        return {name: gradient for group in gathered.values() for name, gradient in group.items()}
+        """Gradients of Σ grad_scale · CE over microbatches and workers, by parameter name; nothing is updated."""
+        self._sum_gradients(microbatches, lambda: None, commit=False)
+        groups = [gradients for _, gradients in self.reducer.finished(everything=True)]
+        return {name: gradient for group in groups for name, gradient in group.items()}
 
     @torch.no_grad()
     def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor:
@@ -115,21 +124,31 @@ class CompiledProgram:
             hidden = run(block["evaluate"], self.binding.inputs(block) | shared | {"hidden_states": hidden})["output"]
         return _total([run(self.head["evaluate"], chunk)["loss"] for chunk in self._chunks(hidden, microbatch)])
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Every tensor of the optimizer's state as `<parameter>.<state>`; the live tensors, not copies."""
-        return {f"{name}.{state}": tensor for name, states in self.state.items() for state, tensor in states.items()}
+    def _sum_gradients(
+        self, microbatches: Sequence[Mapping[str, Tensor]], on_start: Callable[[], None], commit: bool = True
+    ) -> Tensor:
+        """Sweep over the microbatches; each group goes to the reducer when it is final, and `on_start` is called.
 
-    @torch.no_grad()
-    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy a state saved by `optimizer_state` into place; `UserError` naming the first key that does not fit."""
-        for key, target in self.optimizer_state().items():
-            if key not in tensors or tensors[key].shape != target.shape:
-                given = list(tensors[key].shape) if key in tensors else "nothing"
-                raise UserError(
-                    f"Optimizer state {key} should have shape {list(target.shape)}, got {given}: "
-                    "it belongs to another model. Load the state that was saved with this model."
-                )
-            target.copy_(tensors[key])
+        Returns this worker's loss. Several microbatches are summed in at least float32.
+        """
+        gathered: dict[int, Gradients] = {}
+        losses = []
+        for number, microbatch in enumerate(microbatches, start=1):
+            is_last = number == len(microbatches)
+
+            def keep(group: int, gradients: Gradients, is_last: bool = is_last) -> None:
+                if group in gathered:
+                    torch._foreach_add_(list(gathered[group].values()), list(gradients.values()))
+                elif not is_last:
+                    gathered[group] = {
+                        n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in gradients.items()
+                    }
+                if is_last:
+                    self.reducer.start(group, gathered.pop(group, gradients))
+                    on_start()
+
+            losses.append(self._sweep(microbatch, keep, commit))
+        return _total(losses)
 
     # --- forward and backward -----------------------------------------------------------------------------------------
 
@@ -208,7 +227,7 @@ class CompiledProgram:
         for local in self.embed["trained"]:
             full, gradient = self.embed["parameters"][local], results[f"grad_{local}"]
             if full in gradients:
-                gradient = gradients[full].to(torch.promote_types(gradient.dtype, torch.float32)).add_(gradient)
+                gradient = gradients[full].to(_wide(gradient)).add_(gradient)
             gradients[full] = gradient
 
     def _shared(self, microbatch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -216,42 +235,9 @@ class CompiledProgram:
             return self.tables
         return self.tables | {"mask": self.model.article_mask(microbatch["article_ids"])}
 
-    # --- gradients and update -----------------------------------------------------------------------------------------
 
-    def _gather(
-        self, microbatches: Sequence[Mapping[str, Tensor]], commit: bool = True
-    ) -> tuple[dict[int, Gradients], Tensor]:
-        """Gradients by group and the loss, summed over the microbatches; several are summed in at least float32."""
-        gathered: dict[int, Gradients] = {}
-
-        def keep(group: int, gradients: Gradients) -> None:
-            if group in gathered:
-                torch._foreach_add_(list(gathered[group].values()), list(gradients.values()))
-            elif len(microbatches) == 1:
-                gathered[group] = gradients
-            else:
-                gathered[group] = {n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in gradients.items()}
-
-        losses = [self._sweep(microbatch, keep, commit) for microbatch in microbatches]
-        return gathered, _total(losses)
-
-    def _norm(self, gathered: Mapping[int, Gradients]) -> Tensor:
-        flat = [gradient for gradients in gathered.values() for gradient in gradients.values()]
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(flat, 2, dtype=self._one.dtype)))
-
-    def _update(
-        self, group: int, gradients: Gradients, hyperparameters: Tensor, coefficient: Tensor, summed: bool = False
-    ) -> None:
-        """Update one group's parameters, optimizer state and masters in place."""
-        entry = self.groups[group]
-        region = entry["summed" if summed else "direct"]
-        if region is None:
-            return
-        inputs = {"hyperparameters": hyperparameters[self._rows[group]], "grad_coef": coefficient}
-        for local, full in entry["parameters"].items():
-            inputs[local], inputs[f"grad_{local}"] = self.binding.tensors[full], gradients[full]
-            inputs |= {f"{state}_{local}": tensor for state, tensor in self.state[full].items()}
-        self.binding.run(region, inputs)
+def _wide(gradient: Tensor) -> torch.dtype:
+    return torch.promote_types(gradient.dtype, torch.float32)
 
 
 def _total(losses: list[Tensor]) -> Tensor:

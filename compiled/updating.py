@@ -1,0 +1,98 @@
+"""The second half of a step: optimizer state, clipping, and the regions that update a group of parameters in place."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends.errors import UserError
+from compiled.binding import Binding
+from compiled.reduction import Gradients, Reducer
+
+
+class Updater:
+    """Optimizer state of the groups this worker owns, and their update.
+
+    `moments_dtype` is that of the optimizer's state; `master_dtype` that of the wider copy of the weights which is
+    updated (None: there is none).
+    """
+
+    def __init__(
+        self,
+        binding: Binding,
+        manifest: Mapping[str, Any],
+        model: nn.Module,
+        reducer: Reducer,
+        *,
+        moments_dtype: torch.dtype,
+        master_dtype: torch.dtype | None,
+    ) -> None:
+        self.binding, self.reducer = binding, reducer
+        self.groups = manifest["schedule"]["updates"]
+        parameters = dict(model.named_parameters())
+        self.device = next(model.parameters()).device
+        row_of = {name: row for row, name in enumerate(parameters)}
+        self._rows = [self._row_index([row_of[full] for full in entry["parameters"].values()]) for entry in self.groups]
+        reducer.assign([sum(parameters[full].nbytes for full in entry["parameters"].values()) for entry in self.groups])
+        mine = [entry for index, entry in enumerate(self.groups) if reducer.owns(index)]
+        owned = {full for entry in mine for full in entry["parameters"].values()}
+        self.state: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in parameters.items():
+            if name in owned:
+                names = manifest["optimizer"]["state"]
+                self.state[name] = {state: torch.zeros_like(parameter.detach(), dtype=moments_dtype) for state in names}
+                if master_dtype is not None:
+                    self.state[name]["master"] = parameter.detach().to(master_dtype, copy=True)
+        work = master_dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        self.one = torch.ones((), dtype=work, device=self.device)
+
+    def _row_index(self, rows: list[int]) -> slice | Tensor:
+        """The rows of the hyper-parameter table that belong to a group: a slice where they lie side by side."""
+        if not rows or rows == list(range(rows[0], rows[0] + len(rows))):
+            return slice(rows[0], rows[0] + len(rows)) if rows else slice(0)
+        return torch.tensor(rows, device=self.device)
+
+    def update(
+        self, group: int, gradients: Gradients, hyperparameters: Tensor, coefficient: Tensor, *, wide: bool
+    ) -> None:
+        """Update one group in place, and let the other workers have it. `wide`: gradients in at least float32."""
+        entry = self.groups[group]
+        region = entry["summed" if wide else "direct"]
+        if region is None:
+            return
+        if self.reducer.owns(group):
+            inputs = {"hyperparameters": hyperparameters[self._rows[group]], "grad_coef": coefficient}
+            for local, full in entry["parameters"].items():
+                inputs[local], inputs[f"grad_{local}"] = self.binding.tensors[full], gradients[full]
+                inputs |= {f"{state}_{local}": tensor for state, tensor in self.state[full].items()}
+            self.binding.run(region, inputs)
+        self.reducer.publish(group, {full: self.binding.tensors[full] for full in entry["parameters"].values()})
+
+    def norm(self, gathered: Iterable[Gradients]) -> Tensor:
+        """The global norm of all groups' gradients, 0-d, the same on every worker."""
+        flat = [gradient for gradients in gathered for gradient in gradients.values()]
+        norms = torch._foreach_norm(flat, 2, dtype=self.one.dtype) if flat else [torch.zeros_like(self.one)]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        return self.reducer.sum_(norm.square()).sqrt() if self.reducer.shards else norm
+
+    def clip(self, norm: Tensor, max_grad_norm: float | Tensor) -> Tensor:
+        """The factor, at most 1, that brings gradients of that norm to `max_grad_norm`; as torch's clip_grad_norm_."""
+        return torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0).to(self.one.dtype)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Every tensor of this worker's optimizer state as `<parameter>.<state>`; the live tensors, not copies."""
+        return {f"{name}.{state}": tensor for name, states in self.state.items() for state, tensor in states.items()}
+
+    @torch.no_grad()
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy a state saved by `optimizer_state` into place; `UserError` naming the first key that does not fit."""
+        for key, target in self.optimizer_state().items():
+            given = tensors.get(key)
+            if given is None or given.shape != target.shape:
+                shown = "nothing" if given is None else list(given.shape)
+                raise UserError(
+                    f"Optimizer state {key} should have shape {list(target.shape)}, got {shown}: "
+                    "it belongs to another model. Load the state that was saved with this model."
+                )
+            target.copy_(given)
