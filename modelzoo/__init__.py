@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modelzoo.build import build_meta, build_model
     from modelzoo.checkpoint_reading import load_model
-    from modelzoo.checkpoint_writing import save_model
+    from modelzoo.checkpoint_writing import save_configs, save_model
     from modelzoo.config_reading import load_config
 
-__all__ = ["build_meta", "build_model", "load_config", "load_model", "named_configs", "save_model"]
+__all__ = ["build_meta", "build_model", "load_config", "load_model", "named_configs", "save_configs", "save_model"]
 
 _LAZY = {
     "build_meta": "modelzoo.build",
     "build_model": "modelzoo.build",
     "load_config": "modelzoo.config_reading",
     "load_model": "modelzoo.checkpoint_reading",
+    "save_configs": "modelzoo.checkpoint_writing",
     "save_model": "modelzoo.checkpoint_writing",
 }
 CONFIG_FOLDER = Path(__file__).parent / "configs"

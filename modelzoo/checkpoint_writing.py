@@ -61,8 +61,7 @@ def save_model(
     new = target.parent / f".tmp-{secrets.token_hex(4)}-{target.name}"
     try:
         new.mkdir(parents=True)
-        _write_tokenizer(tokenizer, new)
-        _write_configs(model, new)
+        save_configs(model, new, tokenizer)
         _write_weights(model, new, max_shard_size)
         _flush(new)
         _exchange(new, target)
@@ -75,6 +74,12 @@ def save_model(
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return target
+
+
+def save_configs(model: PreTrainedModel, folder: Path, tokenizer: str | Path | Any | None = None) -> None:
+    """Write all of a checkpoint but the weights into the existing `folder`: configs and the tokenizer's files."""
+    _write_tokenizer(tokenizer, folder)
+    _write_configs(model, folder)
 
 
 def _write_configs(model: PreTrainedModel, folder: Path) -> None:

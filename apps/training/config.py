@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import backends
-from apps.training.config_arguments import Assignment, choose_plugins, read_arguments
+from apps.training.config_arguments import Assignment, choose_plugins, flatten, read_arguments
 from apps.training.config_help import help_text, names_note
 from apps.training.config_keys import Key, plugin_config, unknown_key
 from apps.training.config_schema import TrainConfig
@@ -26,21 +26,38 @@ from backends.errors import UserError, did_you_mean, unknown
 T = TypeVar("T")
 
 
-def parse(argv: Sequence[str]) -> TrainConfig:
-    """The settings of train_llm. Raises UserError for a mistake and SystemExit after printing `--help`."""
-    config = parse_dataclass(TrainConfig, argv, program="train_llm.py", notes=names_note)
+def parse(argv: Sequence[str], *, base: Mapping[str, Any] | None = None, base_name: str = "") -> TrainConfig:
+    """The settings of train_llm. Raises UserError for a mistake and SystemExit after printing `--help`.
+
+    `base`: nested settings (as `to_mapping` gives) under what `argv` says, in errors called `base_name`.
+    """
+    under = flatten(base or {}, TrainConfig, f" in {base_name}")
+    config = parse_dataclass(TrainConfig, argv, program="train_llm.py", notes=names_note, base=under)
     _check(config)
     return config
 
 
+def given_paths(argv: Sequence[str]) -> list[str]:
+    """The dotted names of all settings that `argv`, or the file it names, gives."""
+    return list(dict.fromkeys(item.path for item in read_arguments(argv, TrainConfig)))
+
+
 def parse_dataclass(
-    schema: type[T], argv: Sequence[str], *, program: str | None = None, notes: Callable[[], str] | None = None
+    schema: type[T],
+    argv: Sequence[str],
+    *,
+    program: str | None = None,
+    notes: Callable[[], str] | None = None,
+    base: Sequence[Assignment] = (),
 ) -> T:
-    """An instance of the dataclass `schema` (flat or nested) from `argv`. `notes` is text for the end of `--help`."""
+    """An instance of the dataclass `schema` (flat or nested) from `argv`, over what `base` assigns.
+
+    `notes` is text for the end of `--help`.
+    """
     if any(argument in ("-h", "--help") for argument in argv):
         print(help_text(schema, program or Path(sys.argv[0]).name, notes() if notes else ""))
         raise SystemExit(0)
-    given = read_arguments(argv, schema)
+    given = [*base, *read_arguments(argv, schema)]
     keys, given = choose_plugins(schema, given)
     can_add = any(field.metadata.get("free") for field in dataclasses.fields(schema))  # type: ignore[arg-type]
     values = {path: key.default for path, key in keys.items()}

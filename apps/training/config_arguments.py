@@ -32,7 +32,7 @@ def read_arguments(argv: Sequence[str], schema: type) -> list[Assignment]:
             raise UserError(f"'{item.path}' is given twice: {line[item.path].value} and {value}. Keep one of them.")
         line[item.path] = item
     file = line.pop("config", None) if "config" not in keys_of(schema) else None
-    from_file = _flatten(read_yaml_mapping(file.value), "", schema, f" in {file.value}") if file else []
+    from_file = flatten(read_yaml_mapping(file.value), schema, f" in {file.value}") if file else []
     return [*from_file, *line.values()]
 
 
@@ -50,7 +50,7 @@ def _full_path(path: str, schema: type) -> str:
     return f"{path}.name" if path in plugin_packages(schema) else path
 
 
-def _flatten(mapping: Mapping[Any, Any], prefix: str, schema: type, origin: str) -> list[Assignment]:
+def flatten(mapping: Mapping[Any, Any], schema: type, origin: str, prefix: str = "") -> list[Assignment]:
     """A file's nested sections as dotted assignments; what lies under `extra` is what `+key` had added."""
     sections = sections_of(keys_of(schema))
     free = {field.name for field in dataclasses.fields(schema) if field.metadata.get("free")}
@@ -60,7 +60,7 @@ def _flatten(mapping: Mapping[Any, Any], prefix: str, schema: type, origin: str)
         if path in free and isinstance(value, Mapping):
             items += [Assignment(str(key), added, origin, added=True) for key, added in value.items()]
         elif path in sections and isinstance(value, Mapping | None):
-            items += _flatten(value or {}, path + ".", schema, origin)  # `model:` with nothing under it is no mistake
+            items += flatten(value or {}, schema, origin, path + ".")  # `model:` with nothing under it is no mistake
         else:
             items.append(Assignment(_full_path(path, schema), value, origin))
     return items

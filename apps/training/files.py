@@ -32,9 +32,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     target = Path(path).resolve()
     with _written_beside(target) as temporary:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 @contextmanager
@@ -54,12 +54,12 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+                sync(Path(folder, name))
+            sync(Path(folder))
         if not overwrite:
             _refuse_filled(target)  # somebody else may have been quicker
         _exchange(temporary, target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def is_filled(folder: Path) -> bool:
@@ -87,6 +87,23 @@ def nearest_existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
 
 
+def sync(path: Path) -> None:
+    """Wait until the file's content (or the folder's entries) are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_parents(folder: Path, made: list[Path]) -> None:
+    """mkdir -p, noting in `made` what was not there."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    for place in reversed(missing):
+        place.mkdir(exist_ok=True)
+        made.append(place)
+
+
 def _refuse_filled(folder: Path) -> None:
     if is_filled(folder):
         raise UserError(f"The folder '{folder}' is not empty. Name another folder, or allow overwriting it.")
@@ -98,7 +115,7 @@ def _written_beside(target: Path) -> Iterator[Path]:
     temporary = target.parent / f".tmp-{secrets.token_hex(4)}-{target.name}"
     made: list[Path] = []
     try:
-        _make_parents(target.parent, made)
+        make_parents(target.parent, made)
         os.scandir(target.parent).close()  # complains when it is a file
         yield temporary
     except BaseException as error:
@@ -120,14 +137,6 @@ def _is_about(error: OSError, target: Path, temporary: Path) -> bool:
     return named is not None and (named == target or named in target.parents or temporary in (named, *named.parents))
 
 
-def _make_parents(folder: Path, made: list[Path]) -> None:
-    """mkdir -p, noting in `made` what was not there."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    for place in reversed(missing):
-        place.mkdir(exist_ok=True)
-        made.append(place)
-
-
 def _exchange(new: Path, target: Path) -> None:
     """Move the complete folder `new` to `target`; a folder already there is removed afterwards."""
     if not target.exists():
@@ -141,15 +150,6 @@ def _exchange(new: Path, target: Path) -> None:
         os.rename(old, target)
         raise
     shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file's content (or the folder's entries) are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -32,14 +33,16 @@ COLUMNS = (
 )
 
 
-def require_free(folder: Path, *, overwrite: bool) -> None:
+def require_free(folder: Path, *, overwrite: bool, unfinished: bool = False) -> None:
     """UserError when `folder` holds another run or a checkpoint (unless `overwrite`), or cannot be written.
 
-    Leaves nothing behind, also no folder that was not there.
+    `unfinished`: a run that was killed before it left weights there may be replaced. Leaves nothing behind, also no
+    folder that was not there.
     """
     if os.path.exists(folder) and not folder.is_dir():
         raise UserError(f"training.output_dir={folder} is a file. Expected a folder, or a name that is free.")
-    taken = sorted({path.name for name in (*RUN_FILES, *CHECKPOINT_FILES) for path in folder.glob(name)})
+    names = CHECKPOINT_FILES if unfinished else (*RUN_FILES, *CHECKPOINT_FILES)
+    taken = sorted({path.name for name in names for path in folder.glob(name)})
     if taken and not overwrite:
         raise UserError(
             f"training.output_dir={folder} holds another run ({', '.join(taken[:3])}{' …' if len(taken) > 3 else ''}). "
@@ -48,12 +51,12 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
     require_writable(folder, "training.output_dir")
 
 
-def require_room(folder: Path, checkpoint_bytes: int) -> None:
+def require_room(folder: Path, checkpoint_bytes: int, setting: str = "training.output_dir") -> None:
     """UserError when the disk has no room for the checkpoint: better now than after the last step."""
     free = shutil.disk_usage(nearest_existing(folder)).free
     if free < checkpoint_bytes:
         raise UserError(
-            f"The checkpoint takes about {gibibytes(checkpoint_bytes)}, the disk of training.output_dir={folder} has "
+            f"The checkpoint takes about {gibibytes(checkpoint_bytes)}, the disk of {setting}={folder} has "
             f"{gibibytes(free)} free. Make room, or choose another folder."
         )
 
@@ -71,27 +74,23 @@ def start_run(folder: Path, settings: str) -> None:
 
 
 class MetricsFile:
-    """per_step_metrics.csv, one row a step in plain numbers, handed to the system at once: a crash loses none."""
+    """per_step_metrics.csv, one row a step in plain numbers, handed to the system at once: a crash loses none.
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("w", newline="", encoding="utf-8")
+    `resumed`: the steps before those to come. The file then holds exactly their rows, whatever a run that was killed
+    had written behind them.
+    """
+
+    def __init__(self, path: Path, resumed: Sequence[StepRecord] = ()) -> None:
+        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(_row(record) for record in resumed)
+        self.file = path.open("a", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file, lineterminator="\n")
-        self._write(COLUMNS)
 
     def append(self, record: StepRecord) -> None:
-        self._write(
-            (
-                record.num_tokens,
-                record.loss,
-                float(f"{record.lr:.10g}"),
-                round(record.seconds, 6),
-                record.step,
-                record.epoch,
-                record.num_counted,
-                "" if record.grad_norm is None else record.grad_norm,
-                round(record.tokens_per_second, 1),
-            )
-        )
+        self.writer.writerow(_row(record))
+        self.file.flush()
 
     def close(self) -> None:
         self.file.close()
@@ -104,6 +103,16 @@ class MetricsFile:
     ) -> None:
         self.close()
 
-    def _write(self, row: tuple[object, ...]) -> None:
-        self.writer.writerow(row)
-        self.file.flush()
+
+def _row(record: StepRecord) -> tuple[object, ...]:
+    return (
+        record.num_tokens,
+        record.loss,
+        float(f"{record.lr:.10g}"),
+        round(record.seconds, 6),
+        record.step,
+        record.epoch,
+        record.num_counted,
+        "" if record.grad_norm is None else record.grad_norm,
+        round(record.tokens_per_second, 1),
+    )

@@ -1,0 +1,153 @@
+"""Going on with a run: which checkpoint, with which settings, and is it the same run? Imports no torch.
+
+The settings stored in the checkpoint are the base. What is given again has to be equal, for it decides the numbers;
+free are only those that say where things go, how fast they go, and how far (`is_free`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from apps.training.checkpointing.manifest import STATE, complete_checkpoint, newest_complete
+from apps.training.config import given_paths, parse, to_mapping
+from apps.training.config_schema import TrainConfig
+from apps.training.tables import text_table
+from backends.errors import UserError
+
+MODEL_NAMES = ("checkpoint.config_name", "checkpoint.model_name_or_path")
+FREE_SECTIONS = ("checkpoint", "run", "logging")
+FREE = {
+    "command",
+    "compile.output_dir",
+    "compile.verbose",
+    "compile.debug",
+    "compile.workers",
+    "training.output_dir",
+    "training.overwrite_output_dir",
+    "training.resume",
+    "training.worker_timeout",
+    "training.reduce_dtype",
+    "training.reduce_bucket_mb",
+    "training.shard_optimizer",
+    "training.evaluate",
+    "training.eval_steps",
+    "training.gradient_accumulation_steps",  # follows from the global batch, which `require_same_run` compares
+}
+# They tell of one start of the program, and are not taken over by the next.
+OF_ONE_START = (
+    "command",
+    "checkpoint.load",
+    "checkpoint.load_path",
+    "checkpoint.num_steps",
+    "checkpoint.overwrite_config",
+    "training.overwrite_output_dir",
+    "training.resume",
+    "training.worker_timeout",
+)
+NEVER_OTHERS = ("model", "optimizer", "precision")
+
+
+def save_folder(config: TrainConfig) -> Path:
+    """Where a run's checkpoints lie."""
+    given = config.checkpoint.save_path
+    return Path(config.training.output_dir, "checkpoints") if given is None else Path(given)
+
+
+def resumed_settings(argv: Sequence[str], config: TrainConfig) -> tuple[TrainConfig, Path | None]:
+    """The settings to go on with and the checkpoint, every byte of it checked; `config` and None when there is none.
+
+    training.resume=auto takes the newest complete checkpoint of this run's own folder and may find none;
+    checkpoint.load=true has to find one. Raises UserError with a table of the settings given in `argv` that differ from
+    the stored ones, unless checkpoint.overwrite_config=true, which lets them replace the stored ones.
+    """
+    path = _chosen(config)
+    if path is None:
+        return config, None
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))["state"]
+    stored = _without(state["settings"], OF_ONE_START)
+    resumed = parse(argv, base=stored, base_name=str(path))
+    given = given_paths(argv)
+    if not config.checkpoint.overwrite_config:
+        _require_equal(path, given, _flat(to_mapping(resumed)), _flat(state["settings"]))
+    return _with_global_batch(resumed, given, state), path
+
+
+def require_same_run(
+    state: Mapping[str, Any], run_now: Mapping[str, Any], *, path: Path, overwrite_config: bool = False
+) -> None:
+    """UserError with a table when the checkpoint's `state["run"]` is another run than `run_now`.
+
+    Both hold model, optimizer and precision, which never may differ, and seed, dataset, global_batch_size …, which may
+    with `overwrite_config`: mappings and plain values.
+    """
+    stored, now = _flat(state["run"]), _flat(json.loads(json.dumps(dict(run_now))))
+    names = [name for name in {**stored, **now} if stored.get(name, "–") != now.get(name, "–")]
+    if overwrite_config:
+        names = [name for name in names if name.partition(".")[0] in NEVER_OTHERS]
+    if names:
+        table = [(name, stored.get(name, "–"), now.get(name, "–")) for name in names]
+        fix = "Use the settings it was written with"
+        if not any(name.partition(".")[0] in NEVER_OTHERS for name in names):
+            fix += ", or go on with others by checkpoint.overwrite_config=true"
+        raise UserError(
+            f"The checkpoint {path} is of another run. {fix}:\n{text_table(('field', 'checkpoint', 'this run'), table)}"
+        )
+
+
+def is_free(path: str) -> bool:
+    """Whether the setting may be given otherwise than it is stored: it does not decide the numbers."""
+    return path not in MODEL_NAMES and (path in FREE or path.partition(".")[0] in FREE_SECTIONS)
+
+
+def _chosen(config: TrainConfig) -> Path | None:
+    own = save_folder(config)
+    found = newest_complete(own) if config.training.resume == "auto" else None
+    if found is not None or not config.checkpoint.load:
+        return found
+    load_path = config.checkpoint.load_path
+    return complete_checkpoint(own if load_path is None else Path(load_path))
+
+
+def _require_equal(path: Path, given: Sequence[str], now: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    differ = [name for name in given if not is_free(name) and now.get(name) != stored.get(name)]
+    if differ:
+        table = [(name, stored.get(name), now.get(name)) for name in differ]
+        raise UserError(
+            f"Settings given here are not those stored in {path}. Leave them out, or replace the stored ones with "
+            f"checkpoint.overwrite_config=true:\n{text_table(('setting', 'checkpoint', 'given'), table)}"
+        )
+
+
+def _with_global_batch(config: TrainConfig, given: Sequence[str], state: Mapping[str, Any]) -> TrainConfig:
+    """The stored number of rows in a step, for any number of workers, unless another is asked for."""
+    training = config.training
+    if "training.global_batch_size" in given:
+        return config
+    accumulation = "training.gradient_accumulation_steps"
+    stored_accumulation = state["settings"]["training"]["gradient_accumulation_steps"]
+    if accumulation in given and training.gradient_accumulation_steps != stored_accumulation:
+        return replace(config, training=replace(training, global_batch_size=None))
+    return replace(config, training=replace(training, global_batch_size=state["run"]["global_batch_size"]))
+
+
+def _without(settings: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+    for path in paths:
+        section, _, key = path.rpartition(".")
+        (kept[section] if section else kept).pop(key, None)
+    return kept
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = item
+    return flat

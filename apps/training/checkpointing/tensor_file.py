@@ -1,0 +1,130 @@
+"""Tensors into a safetensors file as a stream: no second copy in memory, hashed on the way, flushed to the disk.
+
+The format: the header's length (8 bytes, little-endian), the header (JSON: name → dtype, shape, begin and end), the
+tensors' bytes one behind another. Python's lock is free while bytes are hashed and written, so a training thread
+beside the writer is not held up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**22  # bytes hashed and written at a time: large against a system call, small against a processor's cache
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], read: HostBytes, metadata: Mapping[str, str] | None = None
+) -> FileFacts:
+    """Write `tensors` (contiguous, on any device) to `path` and wait until they are on the disk. Raises OSError."""
+    # Wide ones first: each tensor then begins at a multiple of its own width.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = _header({name: tensors[name] for name in names}, metadata)
+    return write_file(path, _joined(header, (part for name in names for part in read(tensors[name]))))
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileFacts:
+    """Write `parts` to `path`, hashing them, and wait until they are on the disk. Raises OSError."""
+    digest, total = hashlib.sha256(), 0
+    with open(path, "wb", buffering=0) as file:
+        for part in parts:
+            digest.update(part)
+            rest = memoryview(part)
+            total += len(rest)
+            while len(rest):  # an unbuffered write may take less than it is given
+                rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    return FileFacts(total, digest.hexdigest())
+
+
+class HostBytes:
+    """The bytes of a tensor, in pieces, on the host.
+
+    Those of a CUDA tensor come through two pinned buffers on a stream of its own: one is being filled while the other
+    is written, and neither the device's other work nor another thread waits.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._pinned: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor) -> Iterator[memoryview]:
+        """Yield the tensor's bytes; a piece is valid until the next one is asked for."""
+        assert tensor.is_contiguous()
+        if tensor.numel() == 0:
+            return
+        flat = tensor.detach().view(-1).view(torch.uint8)
+        if tensor.device.type == "cpu":
+            whole = memoryview(flat.numpy())  # type: ignore[arg-type]
+            yield from (whole[begin : begin + CHUNK] for begin in range(0, len(whole), CHUNK))
+        else:
+            yield from self._from_device(flat)
+
+    def _from_device(self, flat: Tensor) -> Iterator[memoryview]:
+        self._open()
+        pieces = flat.split(self._pinned[0].numel())
+        copied = self._copy(pieces[0], 0)
+        for number, piece in enumerate(pieces):
+            done = copied
+            if number + 1 < len(pieces):
+                copied = self._copy(pieces[number + 1], number + 1)
+            done.synchronize()
+            yield memoryview(self._pinned[number % 2].numpy())[: piece.numel()]  # type: ignore[arg-type]
+
+    def _copy(self, piece: Tensor, number: int) -> torch.cuda.Event:
+        with torch.cuda.stream(self._stream):
+            self._pinned[number % 2][: piece.numel()].copy_(piece, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        return event
+
+    def _open(self) -> None:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+            self._pinned = [torch.empty(8 * CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _joined(first: bytes, rest: Iterator[memoryview]) -> Iterator[bytes | memoryview]:
+    yield first
+    yield from rest
