@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from apps.training.workers.launch import Launch, find_launch
 from backends.errors import UserError
 
 # What the system answers about a place that was named, wherever in the program it is first touched: never a bug.
@@ -16,15 +17,17 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader (`| head`) went away
 def run_main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call `program` with the command line's arguments and return its exit code (None counts as 0).
 
-    A program's entry point is `def main() -> int: return run_main(program)`, called as `sys.exit(main())`.
+    A program's entry point is `def main() -> int: return run_main(program)`, called as `sys.exit(main())`. Of many
+    workers only the first prints, and an error of any of them is said once for all.
     """
+    launch = Launch()
     try:
+        launch = find_launch()
+        if not launch.is_first:
+            sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         code = program(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return code or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -32,9 +35,23 @@ def run_main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         # Python flushes stdout once more at exit and would complain about the same pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except OSError as error:
-        if error.errno not in _OF_THE_PLACE:
+    except Exception as error:
+        if launch.world_size > 1:
+            from apps.training.workers.group import fail_before_opening
+
+            fail_before_opening(launch, error)
+        line = user_line(error)
+        if line is None:
             raise
-        where = f" '{error.filename}'" if error.filename is not None else ""
-        print(f"error: {error.strerror}:{where}. Expected a place with room that you may use.", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         return 2
+
+
+def user_line(error: BaseException) -> str | None:
+    """The one line for an error that is the user's to mend; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _OF_THE_PLACE and not isinstance(error, BrokenPipeError):
+        where = f" '{error.filename}'" if error.filename is not None else ""
+        return f"{error.strerror}:{where}. Expected a place with room that you may use."
+    return None

@@ -5,30 +5,47 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
+from typing import Any
+
+ONE_PRESS = 0.5  # seconds: a launcher hands on the Ctrl-C that the terminal has already given to everybody
 
 
 class StopRequest:
-    """While it is entered, the first Ctrl-C sets `requested` and says so; the second raises KeyboardInterrupt."""
+    """While it is entered, the first Ctrl-C sets `requested` and says so; the second raises KeyboardInterrupt.
+
+    SIGTERM, with which launchers and schedulers ask a job to end, is the same request; it never raises.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: object = None
+        self._pressed = 0.0
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only; elsewhere Ctrl-C is somebody else's business.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)  # type: ignore[arg-type]
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nCtrl-C: finishing this step, then saving. Once more to stop at once.", file=sys.stderr, flush=True)
+            if number == signal.SIGINT and now - self._pressed > ONE_PRESS:
+                raise KeyboardInterrupt
+            return
+        self.requested, self._pressed = True, now
+        cause = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        print(
+            f"\n{cause}: finishing this step, then saving. Ctrl-C once more to stop at once.",
+            file=sys.stderr,
+            flush=True,
+        )

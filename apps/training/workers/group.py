@@ -1,0 +1,207 @@
+"""The workers of a run as the rest of the run sees them: sums, one voice, one end. One worker is the simple case."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from apps.training.cli import INTERRUPTED, user_line
+from apps.training.workers.launch import Launch
+from apps.training.workers.lifeline import Lifeline, end_now
+from apps.training.workers.mpi import MixedMPI
+from apps.training.workers.rendezvous import join
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup, Store
+
+UNTIL_THE_FIRST_SPOKE = 5.0  # seconds
+
+
+class Workers:
+    """All workers of the run, seen from one of them. Every method works for one worker too, without any communication.
+
+    `device_group` sums tensors of the device (NCCL or gloo; None for one worker). Every worker calls the methods that
+    communicate, in the same order.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        lifeline: Lifeline | None = None,
+        device_group: ProcessGroup | None = None,
+        host_group: ProcessGroup | None = None,
+    ) -> None:
+        self.rank, self.world_size = launch.rank, launch.world_size
+        self.local_rank, self.local_world_size = launch.local_rank, launch.local_world_size
+        self.is_first = launch.is_first
+        self.device_group, self.host_group = device_group, host_group
+        self.lifeline = lifeline
+
+    @classmethod
+    def solo(cls) -> Workers:
+        """One worker: no launcher, no group, no watch."""
+        return cls(Launch())
+
+    def sum_counts(self, *numbers: int) -> tuple[int, ...]:
+        """Each number's sum over all workers, exact (int64), on the host: no device is waited for."""
+        if self.host_group is None:
+            return numbers
+        import torch
+        import torch.distributed as dist
+
+        counts = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(counts, group=self.host_group)
+        return tuple(counts.tolist())
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """`tensor` (on the device) becomes its sum over all workers, in place."""
+        if self.device_group is not None:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor, group=self.device_group)
+        return tensor
+
+    def broadcast_text(self, text: str) -> str:
+        """Worker 0's `text`."""
+        if self.host_group is None:
+            return text
+        import torch.distributed as dist
+
+        box = [text]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Go on when every worker has come here."""
+        self.sum_counts(0)
+
+    def doing(self, what: str) -> None:
+        """What this worker does from now on ("reading rows of step 17"): named when it gets stuck there."""
+        if self.lifeline is not None:
+            self.lifeline.at(what, waiting=False)
+
+    def waiting(self, what: str) -> None:
+        """What this worker waits for others with from now on: it is not to blame when they do not come."""
+        if self.lifeline is not None:
+            self.lifeline.at(what, waiting=True)
+
+
+@contextmanager
+def open_workers(launch: Launch, *, device_type: str, timeout: float) -> Iterator[Workers]:
+    """The workers of a run; `device_type` is "cpu" or "cuda", `timeout` the seconds without progress that end the job.
+
+    Whatever ends the block in one worker ends the job: an exception is reported, once, and every process exits (2 for a
+    mistake of the user, 1 otherwise). A block that ends well waits for everybody's: saving by worker 0 included.
+    """
+    if launch.world_size == 1:
+        yield Workers.solo()
+        return
+    lifeline = None
+    previous = _on_terminate(signal.SIG_DFL, _interrupt)
+    try:
+        lifeline, store = join(launch, timeout=timeout)
+        lifeline.at("meeting the other workers", waiting=True)
+        if store is None:  # worker 0 has failed and will say why
+            time.sleep(timeout)
+            raise TimeoutError("worker 0 told no store")
+        workers = Workers(launch, lifeline, *_open_groups(launch, store, device_type, timeout))
+        workers.doing("starting")
+        yield workers
+        sys.stdout.flush()
+        lifeline.leave()
+    except BaseException as error:
+        fail(launch, error, lifeline)
+    finally:
+        _on_terminate(_interrupt, previous)
+    _close_groups()
+    lifeline.linger()
+
+
+def fail(launch: Launch, error: BaseException, lifeline: Lifeline | None = None) -> NoReturn:
+    """End the whole job because of `error` in this worker, with one message and the exit code that it stands for."""
+    line, trace, code = _told(error)
+    if isinstance(error, MixedMPI) or lifeline is None:
+        _end_alone(launch, line, trace, code, everybody=isinstance(error, MixedMPI))
+    lifeline.fail(line, trace=trace, code=code)
+
+
+def fail_before_opening(launch: Launch, error: BaseException, timeout: float = 60.0) -> NoReturn:
+    """Like `fail`, before `open_workers`: meets the others only to find out who has the same to say."""
+    try:
+        lifeline, _ = join(launch, timeout=timeout, with_store=False)
+    except Exception:
+        line, trace, code = _told(error)
+        _end_alone(launch, line, trace, code, everybody=False)
+    fail(launch, error, lifeline)
+
+
+def _told(error: BaseException) -> tuple[str, str, int]:
+    """One line, traceback if it is a bug, exit code."""
+    mistake = user_line(error)
+    if mistake is not None:
+        return mistake, "", 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "", INTERRUPTED
+    line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    return line, "".join(traceback.format_exception(error)), 1
+
+
+def _end_alone(launch: Launch, line: str, trace: str, code: int, *, everybody: bool) -> NoReturn:
+    """Without a way to the others. Worker 0 speaks first, and its end is the job's under most launchers."""
+    if not launch.is_first:
+        time.sleep(UNTIL_THE_FIRST_SPOKE)
+        line = f"Worker {launch.rank} of {launch.world_size} ({socket.gethostname()}): {line}"
+    if launch.is_first or not everybody:
+        print(f"{trace}error: {line}", file=sys.__stderr__, flush=True)
+    end_now(code)
+
+
+def _open_groups(
+    launch: Launch, store: Store, device_type: str, timeout: float
+) -> tuple[ProcessGroup | None, ProcessGroup | None]:
+    """The device's group, and the host's: small sums there must not queue behind the gradients'."""
+    import torch
+    import torch.distributed as dist
+
+    # Longer than the watch's patience: it knows who is to blame, a collective that gives up does not.
+    patience = timedelta(seconds=2 * timeout + 60)
+    device = None
+    if device_type == "cuda":
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=patience, device_id=device
+    )
+    return dist.group.WORLD, dist.new_group(backend="gloo", timeout=patience)
+
+
+def _close_groups() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _on_terminate(expected: object, handler: object) -> object:
+    """Let `handler` answer SIGTERM where `expected` did. Returns what did before."""
+    if threading.current_thread() is not threading.main_thread():
+        return signal.SIG_DFL
+    before = signal.getsignal(signal.SIGTERM)
+    if before == expected:
+        signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]
+    return before
