@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from backends.errors import UserError
+from modelzoo.folder_exchange import exchange
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -166,27 +167,20 @@ def _sync(path: Path) -> None:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Move `new` to `target`. Of a folder there before, all but the earlier checkpoint is kept."""
+    """Move `new` to `target`. Of a folder there before, all but the earlier checkpoint is kept; `new` is what is left.
+
+    A run's folder holds its checkpoints to go on from: at every moment they are under their names.
+    """
     if not target.exists():
         os.rename(new, target)
         return
-    others = [entry for entry in target.iterdir() if not _belongs_to_checkpoint(entry)]
-    kept = [entry for entry in others if not (new / entry.name).exists()]
+    kept = [entry for entry in target.iterdir() if not _belongs_to_checkpoint(entry)]
+    kept = [entry for entry in kept if not os.path.lexists(new / entry.name)]
     for entry in kept:
-        # Links, not moves: the folder is complete at every moment, and a log being written to stays the same file.
-        if entry.is_file() and not entry.is_symlink():
-            _link(entry, new / entry.name)
-    old = target.parent / f".old-{secrets.token_hex(4)}-{target.name}"
-    os.rename(target, old)
-    try:
-        os.rename(new, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    for entry in kept:
-        if not os.path.lexists(target / entry.name):
-            os.rename(old / entry.name, target / entry.name)
-    shutil.rmtree(old, ignore_errors=True)
+        _link(entry, new / entry.name)
+    exchange(new, target)
+    for entry in kept:  # which somebody may have been writing to meanwhile
+        _move_missing(new / entry.name, target / entry.name)
 
 
 def _belongs_to_checkpoint(entry: Path) -> bool:
@@ -194,7 +188,22 @@ def _belongs_to_checkpoint(entry: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
+    """A second name, not a copy: a log being written to stays the same file."""
+    if source.is_dir() and not source.is_symlink():
+        target.mkdir()
+        for entry in source.iterdir():
+            _link(entry, target / entry.name)
+        shutil.copystat(source, target)
+        return
     try:
-        os.link(source, target)
+        os.link(source, target, follow_symlinks=False)
     except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _move_missing(source: Path, target: Path) -> None:
+    if not os.path.lexists(target):
+        os.rename(source, target)
+    elif source.is_dir() and not source.is_symlink() and target.is_dir():
+        for entry in source.iterdir():
+            _move_missing(entry, target / entry.name)

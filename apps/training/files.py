@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backends.errors import UserError
+from modelzoo.folder_exchange import exchange
 
 _FULL_OR_READ_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -142,14 +143,8 @@ def _exchange(new: Path, target: Path) -> None:
     if not target.exists():
         os.rename(new, target)
         return
-    old = target.parent / f".old-{secrets.token_hex(4)}-{target.name}"
-    os.rename(target, old)
-    try:
-        os.rename(new, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old)
+    exchange(new, target)
+    shutil.rmtree(new)
 
 
 def _remove(path: Path) -> None:

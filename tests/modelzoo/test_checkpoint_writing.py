@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from backends.errors import UserError
 from modelzoo import checkpoint_writing, load_config, load_model, save_model
+from modelzoo.folder_exchange import exchange
 from tests.modelzoo.llamas import ROPES, llama_config, llama_configs, twins
 
 PLAIN_TRANSFORMERS = """
@@ -185,21 +186,25 @@ def test_the_full_disk_of_safetensors_is_a_full_disk(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failing_exchange_puts_the_old_checkpoint_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runs_checkpoints_are_under_their_name_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is killed right before or right behind the exchange leaves them there, and so does a writer beside it."""
     out = save_model(twins(llama_config())[1], tmp_path / "out")
-    before = (out / "model.safetensors").read_bytes()
-    rename, calls = os.rename, []
+    (out / "checkpoints" / "iter_1").mkdir(parents=True)
+    (out / "checkpoints" / "iter_1" / "state.json").write_text("{}")
+    seen = []
 
-    def fail_once(source: Path, target: Path) -> None:
-        calls.append(source)
-        if len(calls) == 2:
-            raise OSError(5, "Input/output error")
-        rename(source, target)
+    def look(new: Path, target: Path) -> None:
+        seen.append((target / "checkpoints" / "iter_1" / "state.json").read_text())
+        (target / "checkpoints" / "iter_2").mkdir()  # somebody else is faster than we are
+        exchange(new, target)
+        seen.append((target / "checkpoints" / "iter_1" / "state.json").read_text())
 
-    monkeypatch.setattr(checkpoint_writing.os, "rename", fail_once)
-    with pytest.raises(UserError, match="Input/output error"):
-        save_model(twins(llama_config())[1], out)
-    assert (out / "model.safetensors").read_bytes() == before
+    monkeypatch.setattr(checkpoint_writing, "exchange", look)
+    save_model(twins(llama_config())[1], out)
+    assert seen == ["{}", "{}"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["iter_1", "iter_2"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -21,6 +21,7 @@ from apps.training.checkpointing.tensor_file import FileFacts, write_file
 from apps.training.files import sync
 from apps.training.reporting.records import Evaluation
 from backends.errors import UserError
+from modelzoo.folder_exchange import exchange
 
 BEING_WRITTEN, ON_ITS_WAY_OUT = ".tmp-", ".tmp-old-"
 PATIENCE = 1800.0  # seconds for a worker whose share is late; one that died ends the whole job long before
@@ -82,12 +83,12 @@ class Publisher:
         manifest = {"format": FORMAT, "step": step, "world_size": self.world_size, "files": files}
         write_file(place / MANIFEST, [_json(manifest)])
         sync(place)
-        old = self.folder / f"{ON_ITS_WAY_OUT}{target.name}"
-        if target.exists():
-            os.rename(target, old)
-        os.rename(place, target)
+        if target.exists():  # broken, or this step's own, saved again
+            exchange(place, target)
+        else:
+            os.rename(place, target)
         sync(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
         self._prune(step)
 
     def _prune(self, step: int) -> None:
@@ -128,14 +129,9 @@ class Publisher:
 
 def clean(folder: Path) -> None:
     """Remove what a killed run left half done in `folder`. Only under the folder's lock."""
-    for old in folder.glob(f"{ON_ITS_WAY_OUT}iter_*"):
-        complete = folder / old.name.removeprefix(ON_ITS_WAY_OUT)
-        if complete.exists() or flaw(old, hashes=False) is not None:
-            shutil.rmtree(old)
-        else:  # killed between taking it away and putting a new one in its place, or removing it
-            os.rename(old, complete)
-    for place in folder.glob(f"{BEING_WRITTEN}iter_*"):
-        shutil.rmtree(place)
+    for name in (BEING_WRITTEN, ON_ITS_WAY_OUT):
+        for place in folder.glob(f"{name}iter_*"):
+            shutil.rmtree(place)
 
 
 def require_no_later(folder: Path, step: int, *, overwrite: bool = False) -> None:

@@ -123,15 +123,18 @@ def _require_equal(path: Path, given: Sequence[str], now: Mapping[str, Any], sto
 
 
 def _with_global_batch(config: TrainConfig, given: Sequence[str], state: Mapping[str, Any]) -> TrainConfig:
-    """The stored number of rows in a step, for any number of workers, unless another is asked for."""
+    """The stored number of rows in a step, for any number of workers: accumulation follows, if it is not given.
+
+    With checkpoint.overwrite_config=true what is given decides.
+    """
     training = config.training
-    if "training.global_batch_size" in given:
-        return config
-    accumulation = "training.gradient_accumulation_steps"
-    stored_accumulation = state["settings"]["training"]["gradient_accumulation_steps"]
-    if accumulation in given and training.gradient_accumulation_steps != stored_accumulation:
+    if "training.gradient_accumulation_steps" not in given:
+        training = replace(training, gradient_accumulation_steps=1)
+    elif config.checkpoint.overwrite_config and "training.global_batch_size" not in given:
         return replace(config, training=replace(training, global_batch_size=None))
-    return replace(config, training=replace(training, global_batch_size=state["run"]["global_batch_size"]))
+    if "training.global_batch_size" not in given:
+        training = replace(training, global_batch_size=state["run"]["global_batch_size"])
+    return replace(config, training=training)
 
 
 def _without(settings: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
@@ -151,3 +154,9 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = item
     return flat
+
+
+def run_folders(config: TrainConfig) -> dict[str, Path]:
+    """The folders a run writes to, by the setting that names them."""
+    folders = {"training.output_dir": Path(config.training.output_dir)}
+    return folders | ({"checkpoint.save_path": save_folder(config)} if config.checkpoint.save else {})

@@ -58,6 +58,7 @@ class CheckpointWriter:
 
         Waits for the checkpoint before to be written, whose memory it takes over; for nothing else.
         """
+        assert self._snapshot is None, f"step {step} is saved before what was copied of the last one is written"
         self._join()
         self._snapshot = take_snapshot(
             step,

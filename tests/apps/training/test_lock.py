@@ -28,7 +28,9 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 
 def test_the_second_run_is_told_who_is_there_until_the_first_ends(tmp_path: Path) -> None:
     with holder(tmp_path / "run") as first:
-        message = rf"checkpoint.save_path=.*run is in use by another run \(process {first.pid} on {socket.gethostname()}\)"
+        message = (
+            rf"checkpoint.save_path=.*run is in use by another run \(process {first.pid} on {socket.gethostname()}\)"
+        )
         with pytest.raises(UserError, match=message), locked({"checkpoint.save_path": tmp_path / "run"}):
             pass
         first.communicate("")
@@ -68,6 +70,6 @@ def test_when_the_second_folder_is_taken_the_first_is_given_back(tmp_path: Path)
 @pytest.mark.parametrize("place", ["/proc/nothing", "file/below"])
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=rf"Cannot write training.output_dir=.*{place}"):
-        with locked({"training.output_dir": tmp_path / place}):
-            pass
+    setting = {"training.output_dir": tmp_path / place}
+    with pytest.raises(UserError, match=rf"Cannot write training.output_dir=.*{place}"), locked(setting):
+        pass
