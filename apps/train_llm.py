@@ -2,10 +2,11 @@
 
     python apps/train_llm.py command=compile checkpoint.config_name=demo model.max_seq_length=256 training.batch_size=8
     python apps/train_llm.py command=run checkpoint.config_name=demo training.dataset=DIR training.max_steps=200
+    mpirun -np 4 python apps/train_llm.py command=run …      the same with four workers (torchrun and srun do as well)
     python apps/train_llm.py --help
 
-Exit codes: 0 done, 1 the loss became NaN or infinite, 2 a mistake in what was given (one line says which),
-130 stopped by Ctrl-C (the step was finished and everything saved).
+Exit codes: 0 done, 1 the loss became NaN or infinite or a worker was lost, 2 a mistake in what was given (one line says
+which), 130 stopped by Ctrl-C (the step was finished and everything saved).
 
 This file is the map of the house: read it from top to bottom and follow a name where you want to know more.
 """
@@ -14,23 +15,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if not __package__:  # started as a file: make the repository importable from wherever we were started
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from apps.training.checkpointing.resume import resumed_settings, run_folders, save_folder
 from apps.training.cli import INTERRUPTED, run_main
 from apps.training.config import parse, to_yaml
 from apps.training.config_schema import TrainConfig
 from apps.training.reporting.output_folder import METRICS, MetricsFile, require_free, require_room, start_run
+from apps.training.workers.launch import find_launch
 from backends.errors import UserError
 
 if TYPE_CHECKING:
+    from apps.training.checkpointing.saving import Saver
     from apps.training.data.loader import TrainLoader
     from apps.training.interrupt import StopRequest
     from apps.training.outcome import Outcome
+    from apps.training.step_plan import StepPlan
     from apps.training.trainer import Trainer
+    from apps.training.workers.group import Workers
 
 LOSS_NOT_FINITE = 1
 
@@ -38,7 +45,9 @@ LOSS_NOT_FINITE = 1
 def program(argv: Sequence[str]) -> int:
     """Settings first: a mistake in them is answered before PyTorch is imported."""
     config = parse(argv)
-    return compile_step(config) if config.command == "compile" else train(config)
+    if config.command == "compile":
+        return compile_step(config) if find_launch().is_first else 0
+    return train(*resumed_settings(argv, config))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,13 +73,29 @@ def compile_step(config: TrainConfig) -> int:
 # command=run: settings → step and its artifact → data → weights → steps → evaluation → checkpoint and report
 
 
-def train(config: TrainConfig) -> int:
-    output = Path(config.training.output_dir)
-    require_free(output, overwrite=config.training.overwrite_output_dir)
+def train(config: TrainConfig, checkpoint: Path | None) -> int:
+    """Open the run's workers, of which this process is one; a failure of any ends the whole job."""
+    output, settings = Path(config.training.output_dir), config.training
+    goes_on_here = checkpoint is not None and checkpoint.parent.resolve() == save_folder(config).resolve()
+    overwrite = settings.overwrite_output_dir or goes_on_here
+    require_free(output, overwrite=overwrite, unfinished=settings.resume == "auto")
 
+    from apps.training.lock import locked
+    from apps.training.step_plan import plan_step
+    from apps.training.workers.group import open_workers
+
+    plan = plan_step(config)
+    with (
+        open_workers(find_launch(), device_type=plan.spec.device["kind"], timeout=settings.worker_timeout) as workers,
+        locked(run_folders(config)) if workers.is_first else nullcontext(),
+    ):
+        return train_as_worker(config, plan, checkpoint, workers)
+
+
+def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None, workers: Workers) -> int:
+    from apps.training.checkpointing.saving import Saver, open_resumed, run_identity
     from apps.training.data.loader import TrainLoader
-    from apps.training.data.prepare import default_dataset
-    from apps.training.data.storage import open_dataset
+    from apps.training.data.of_run import find_dataset
     from apps.training.devices import describe, open_device, peak_of
     from apps.training.interrupt import StopRequest
     from apps.training.memory import available_memory, gibibytes, require_memory
@@ -79,36 +104,36 @@ def train(config: TrainConfig) -> int:
     from apps.training.programs import make_program, require_artifact, run_memory
     from apps.training.reporting.lines import overview, settings_text
     from apps.training.reporting.throughput import training_flops_per_token
-    from apps.training.step_plan import plan_step
-    from apps.training.steps import count_steps
+    from apps.training.steps import accumulation_steps, count_steps
     from apps.training.trainer import Trainer, make_recipe
 
     # The step: which model, which backend computes which layer, and the machine code for it. No weights yet.
-    plan = plan_step(config)
+    settings, output = config.training, Path(config.training.output_dir)
     artifact = require_artifact(config, plan)
-    device = open_device(plan.spec.device["kind"], config.run.num_threads)
-    memory, free = run_memory(config, plan, artifact), available_memory(str(device))
+    device = open_device(plan.spec.device["kind"], config.run.num_threads, workers.local_rank, workers.local_world_size)
+    memory = run_memory(config, plan, artifact, workers.world_size)
+    free = available_memory(str(device), workers.local_world_size)
     require_memory(memory, free, str(device))
     require_room(output, memory.parameters)
-    num_parameters = sum(parameter.numel() for parameter in plan.model.parameters())
-    print(f"Model: {plan.model_name}, {num_parameters:,} parameters; dtypes: {plan.precision.table()}")
+    print(f"Model: {plan.model_name}, {plan.num_parameters:,} parameters; dtypes: {plan.precision.table()}")
     print(plan.routing.table())
     print(f"Step: {artifact.path if artifact else 'eager, without an artifact'}")
     print(f"Device: {describe(device)}; about {memory} needed, {gibibytes(free)} free", flush=True)
 
-    # The data: rows in an order that the seed alone decides.
-    settings = config.training
-    accumulation = settings.gradient_accumulation_steps
-    length, vocabulary = config.model.max_seq_length, plan.model_config.vocab_size
-    dataset = open_dataset(
-        settings.dataset or default_dataset(length, vocabulary),
-        max_seq_length=length,
-        vocab_size=vocabulary,
-        batch_size=settings.batch_size * accumulation,
-        evaluate=settings.evaluate or settings.eval_steps is not None,
-    )
+    # The data: rows in an order that the seed alone decides; this worker's share of each step.
+    accumulation = accumulation_steps(settings, workers.world_size)
+    rows_per_step = settings.batch_size * accumulation * workers.world_size
+    dataset = find_dataset(config, plan.model_config.vocab_size, rows_per_step, workers)
+    identity = run_identity(config, plan, dataset, rows_per_step)
+    resumed = open_resumed(checkpoint, identity, config)
     loader = TrainLoader(
-        dataset, batch_size=settings.batch_size, seed=settings.seed, gradient_accumulation_steps=accumulation
+        dataset,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        rank=workers.rank,
+        world_size=workers.world_size,
+        gradient_accumulation_steps=accumulation,
+        start_batch=resumed.step * accumulation,
     )
     loader.check()
     count = count_steps(loader.steps_per_epoch, num_epochs=settings.num_epochs, max_steps=settings.max_steps)
@@ -116,11 +141,18 @@ def train(config: TrainConfig) -> int:
     print(f"Dataset: {dataset.folder}, {rows}, {dataset.num_dev_rows:,} dev rows")
     print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}")
     print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
+    if resumed.step >= count.total:
+        print(f"All {count.total} steps were taken: {checkpoint}. Nothing is left to do.")
+        return 0
 
     # The weights, the program that updates them in place, and the recipe it is given, as tensors, at every step.
+    workers.doing("loading the weights")
     model = load_weights(config, plan.model_config, device)
+    program = make_program(config, plan, artifact, model, workers)
+    resumed.load(model, program, workers.rank)
     trainer = Trainer(
-        program=make_program(config, plan, artifact, model),
+        program=program,
+        workers=workers,
         parameters=list(model.parameters()),
         recipe=make_recipe(
             config.optimizer, config.schedule, total_steps=count.total, max_grad_norm=settings.max_grad_norm
@@ -130,66 +162,76 @@ def train(config: TrainConfig) -> int:
         device=device,
         precision=plan.precision,
         article_attention=config.model.article_attention,
+        first_step=resumed.step + 1,
+        last_step=resumed.last_step(count.total, config.checkpoint.num_steps),
     )
 
     # From here on we write. Ctrl-C lets the running step finish and everything be saved.
-    positions = settings.batch_size * accumulation * length
+    saver = Saver(config, identity, model, program, dataset.tokenizer_folder, workers, trainer.last_step)
+    length, peak = config.model.max_seq_length, peak_of(device, plan.precision.compute)
+    flops = training_flops_per_token(plan.model_config, plan.num_parameters, length)
     outcome = Outcome(
         title=f"{plan.model_name} on {dataset.folder.name}",
-        overview=overview(num_epochs=count.num_epochs, batch_size=settings.batch_size, num_steps=count.total),
+        overview=overview(
+            num_epochs=count.num_epochs,
+            batch_size=settings.batch_size * accumulation,
+            num_steps=count.total,
+            workers=workers.world_size,
+        ),
         routed_table=plan.routing.table(),
-        num_parameters=num_parameters,
-        flops_per_step=positions * training_flops_per_token(plan.model_config, num_parameters, length),
-        peak=peak_of(device, plan.precision.compute),
+        num_parameters=plan.num_parameters,
+        flops_per_step=rows_per_step * length * flops,
+        peak=None if peak is None else peak * workers.world_size,
+        steps=resumed.records,
+        evaluations=resumed.evaluations,
     )
     print(outcome.overview, flush=True)
-    start_run(output, to_yaml(config))
+    saver.start(resumed.step)
+    if workers.is_first:
+        start_run(output, to_yaml(config))
     with StopRequest() as stop:
-        is_finite = take_steps(config, trainer, loader, outcome, stop)
+        is_finite = take_steps(config, trainer, loader, outcome, saver, stop)
         if not is_finite:
             return LOSS_NOT_FINITE
-        save_outcome(output, outcome, model, dataset, config, sample=not stop.requested)
+        if workers.is_first:
+            save_outcome(output, outcome, model, dataset, config, sample=not stop.requested)
+        saver.finish()
         return INTERRUPTED if stop.requested else 0
 
 
-def take_steps(config: TrainConfig, trainer: Trainer, loader: TrainLoader, outcome: Outcome, stop: StopRequest) -> bool:
-    """Train and evaluate; `outcome`, the CSV and the screen get every step. False when the loss is no longer finite."""
+def take_steps(
+    config: TrainConfig, trainer: Trainer, loader: TrainLoader, outcome: Outcome, saver: Saver, stop: StopRequest
+) -> bool:
+    """Train, evaluate, save; `outcome`, CSV and screen get every step. False when a loss is no longer finite."""
     from torch import OutOfMemoryError
 
-    from apps.training.data.loader import dev_batches
+    from apps.training.evaluating import Evaluator
     from apps.training.progress import Progress
-    from apps.training.reporting.lines import evaluation_line, live_fields, step_line
+    from apps.training.reporting.lines import live_fields, step_line
     from apps.training.trainer import NonFiniteLoss
 
-    settings, count = config.training, trainer.count
+    def should_stop() -> bool:
+        return stop.requested
 
-    def is_evaluated(step: int) -> bool:
-        periodic = settings.eval_steps is not None and step % settings.eval_steps == 0
-        return periodic or (settings.evaluate and step == count.total)
-
-    def evaluate(step: int) -> None:
-        progress.clear()
-        batches = -(-loader.dataset.num_dev_rows // settings.batch_size)
-        with Progress(batches, "Evaluating", "batches", mode=config.logging.progress) as evaluating:
-            rows = dev_batches(loader.dataset, settings.batch_size)
-            evaluation = trainer.evaluate(rows, step, evaluating.update, should_stop=lambda: stop.requested)
-        if evaluation is not None:
-            outcome.evaluations.append(evaluation)
-            progress.write(evaluation_line(evaluation))
-
+    count, evaluator = trainer.count, Evaluator(config, trainer, loader, should_stop)
+    path = Path(config.training.output_dir) / METRICS
     with (
-        MetricsFile(Path(settings.output_dir) / METRICS) as metrics,
+        MetricsFile(path, outcome.steps) if loader.rank == 0 else nullcontext() as metrics,
         Progress(count.total, "Training", "steps", mode=config.logging.progress) as progress,
     ):
+        progress.update(len(outcome.steps))
+        steps = trainer.steps(loader, pause_after=evaluator.is_due, should_stop=should_stop, on_queued=saver.on_queued)
         try:
-            for record in trainer.steps(loader, pause_after=is_evaluated, should_stop=lambda: stop.requested):
+            for record in steps:
                 outcome.steps.append(record)
-                metrics.append(record)
+                if metrics is not None:
+                    metrics.append(record)
                 if record.step % config.logging.every == 0 or record.step == count.total:
-                    progress.write(step_line(record, count.position(record.step)))
+                    progress.write(step_line(record, count.position(record.step), loader.world_size))
                 progress.update(1, **live_fields(record, outcome.utilisation(record)))
-                if is_evaluated(record.step):
-                    evaluate(record.step)
+                if evaluator.is_due(record.step):
+                    evaluator.evaluate(record.step, outcome, progress)
+                saver.on_record(record.step, outcome)
         except NonFiniteLoss as error:
             progress.write(f"error: {error}", stream=sys.stderr)
             return False
@@ -197,6 +239,7 @@ def take_steps(config: TrainConfig, trainer: Trainer, loader: TrainLoader, outco
             raise UserError(
                 f"{str(error).splitlines()[0]} Lower training.batch_size or model.max_seq_length."
             ) from error
+    saver.on_end(outcome)
     return True
 
 

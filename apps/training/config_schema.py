@@ -81,7 +81,7 @@ class TrainingConfig:
     eval_steps: int | None = setting(None, "evaluate every so many steps too", at_least=1)
     max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; null: do not clip", above=0)
     resume: Literal["off", "auto"] = setting("off", "auto: go on from this run's newest checkpoint, if it has one")
-    deterministic: bool = setting(False, "equal bits in every run on a GPU too (a CPU always does); fixed by the artifact")
+    deterministic: bool = setting(False, "equal bits in every run on a GPU too (a CPU always does)")
     shard_optimizer: bool = setting(False, "ZeRO-1: each worker keeps and updates a share of masters and moments")
     reduce_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "dtype gradients are summed over workers in; auto: at least float32"

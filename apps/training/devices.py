@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 import torch
 
 from apps.training.reporting.throughput import peak_flops
+from backends.errors import UserError
 
 
-def open_device(kind: str, num_threads: int | None) -> torch.device:
-    """The device of that kind ("cpu" or "cuda"); `num_threads` for what the CPU does, None: torch's choice."""
+def open_device(kind: str, num_threads: int | None, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
+    """The device of that kind ("cpu" or "cuda"), the `local_rank`th of its host for one of several workers there.
+
+    `num_threads` for what the CPU does; None: what OMP_NUM_THREADS says, or an equal share of the cores.
+    """
+    if num_threads is None and local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        num_threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if kind == "cpu":
         _keep_memory()
-    return torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"Worker {local_rank} of this host needs a GPU of its own, and there are {torch.cuda.device_count()}. "
+            "Start fewer workers on it, or use compile.arch=cpu."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def _keep_memory() -> None:

@@ -19,6 +19,7 @@ from apps.training.hyperparameters import is_decayed
 from apps.training.optimizers.adamw import AdamW
 from backends.errors import UserError
 from backends.precision import BITS, PrecisionPolicy, as_torch
+from compiled.reduction import OneWorker, Reducer
 
 
 class StepResult(NamedTuple):
@@ -36,12 +37,17 @@ class EagerProgram:
     numbers are those of narrow storage, the memory is not.
     """
 
-    def __init__(self, model: nn.Module, *, optimizer: str, precision: PrecisionPolicy) -> None:
+    def __init__(
+        self, model: nn.Module, *, optimizer: str, precision: PrecisionPolicy, reducer: Reducer | None = None
+    ) -> None:
         if optimizer != "adamw":
             raise UserError(
                 f"compile.target=eager runs optimizer=adamw only, got '{optimizer}'. Use compile.target=inductor."
             )
         self.model = model
+        self.reducer: Reducer = reducer or OneWorker()
+        self.reducer.assign([0])
+        assert not self.reducer.shards, "the eager twin keeps its optimizer state whole"
         self.parameters = dict(model.named_parameters())
         self.logits_dtype = as_torch(precision.logits)
         self.moments_dtype = as_torch(precision.moments)
@@ -131,7 +137,9 @@ class EagerProgram:
             for name, gradient in zip(self.parameters, found, strict=True):
                 wide = gradient.to(self.arithmetic)
                 total[name] = total[name] + wide if name in total else wide
-        return torch.stack(losses).sum(), total
+        self.reducer.start(0, total)
+        ((_, summed),) = self.reducer.finished(everything=True)
+        return self.reducer.sum_(torch.stack(losses).sum()), summed
 
     def _set_hyperparameters(self, table: Tensor) -> None:
         for group, names in zip(self.optimizer.param_groups, self.groups, strict=True):

@@ -1,7 +1,7 @@
 """Which positions a batch trains on, and the weight each of them has in the loss.
 
 loss = Σ grad_scale · CE with grad_scale = mask / N, N the counted positions of the whole optimizer step: all its
-microbatches and, later, all workers. The scale enters the step as a tensor, so a step cut into microbatches has the
+microbatches of all workers. The scale enters the step as a tensor, so a step cut into microbatches has the
 gradient of the uncut one, and a batch with nothing to count contributes exactly 0 (a mean would give 0/0).
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,22 @@ def compiled_estimate(
     )
 
 
+def of_one_worker(whole: MemoryEstimate, num_parameters: int, world_size: int, *, shards: bool) -> MemoryEstimate:
+    """What one of several workers holds: gradients are summed in at least float32; ZeRO-1 shares masters and moments.
+
+    Shares are whole blocks: the largest is at least 1 / `world_size`.
+    """
+    if world_size == 1:
+        return whole
+    part = world_size if shards else 1
+    return replace(
+        whole,
+        masters=whole.masters // part,
+        moments=whole.moments // part,
+        gradients=max(whole.gradients, num_parameters * 4),
+    )
+
+
 def eager_activations(model_config: Any, precision: PrecisionPolicy, *, batch_size: int, seq_length: int) -> int:
     """Bytes plain autograd keeps for the backward pass of a Llama-like model, plus the logits' working set.
 
@@ -95,14 +111,17 @@ def require_memory(needed: MemoryEstimate, available: int, device: str) -> None:
     )
 
 
-def available_memory(device: str) -> int:
-    """Free bytes of "cpu" (what this process may still take, containers and limits included) or of a CUDA device."""
+def available_memory(device: str, local_world_size: int = 1) -> int:
+    """Free bytes of "cpu" (what this process may still take, containers and limits included) or of a CUDA device.
+
+    Of a CPU, an equal share for each of the host's workers.
+    """
     if device.startswith("cuda"):
         import torch
 
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return int(min(_host_memory(), _cgroup_memory(), _address_space()))
+    return int(min(min(_host_memory(), _cgroup_memory()) / local_world_size, _address_space()))
 
 
 def gibibytes(count: float) -> str:

@@ -7,14 +7,17 @@ from typing import Any
 
 from apps.training.config_schema import TrainConfig
 from apps.training.eager_program import EagerProgram
-from apps.training.memory import MemoryEstimate, compiled_estimate, eager_activations, estimate
+from apps.training.memory import MemoryEstimate, compiled_estimate, eager_activations, estimate, of_one_worker
 from apps.training.step_plan import StepPlan, compile_command
 from apps.training.trainer import Program
+from apps.training.workers.group import Workers
+from apps.training.workers.reducer import GradientReducer
 from backends.errors import UserError
 from backends.precision import BITS, as_torch
 from compiled.artifact import Artifact, Nearest, find, open_artifact
 from compiled.cuda_graph import GraphedProgram
 from compiled.program import CompiledProgram
+from compiled.reduction import Reducer
 from compiled.spec import difference_table
 
 
@@ -42,14 +45,37 @@ def require_artifact(config: TrainConfig, plan: StepPlan) -> Artifact | None:
     raise UserError(f"There is no artifact in '{folder}'. Compile one: {command}")
 
 
-def make_program(config: TrainConfig, plan: StepPlan, artifact: Artifact | None, model: Any) -> Program:
-    """The program that trains `model` in place."""
-    precision = plan.precision
+def make_program(
+    config: TrainConfig, plan: StepPlan, artifact: Artifact | None, model: Any, workers: Workers
+) -> Program:
+    """The program that trains `model` in place, one of `workers` alike."""
+    precision, reducer = plan.precision, _reducer(config, workers)
     if artifact is None:
-        return EagerProgram(model, optimizer=config.optimizer.name, precision=precision)
+        return EagerProgram(model, optimizer=config.optimizer.name, precision=precision, reducer=reducer)
     master = None if precision.master == "none" else as_torch(precision.master)
     return _program_class(config.run.cuda_graph, artifact)(
-        artifact, model, moments_dtype=as_torch(precision.moments), master_dtype=master
+        artifact, model, moments_dtype=as_torch(precision.moments), master_dtype=master, reducer=reducer
+    )
+
+
+def _reducer(config: TrainConfig, workers: Workers) -> Reducer | None:
+    """What sums gradients over the workers; None for one."""
+    training = config.training
+    if training.shard_optimizer and config.compile.target == "eager":
+        raise UserError(
+            "training.shard_optimizer=true needs a compiled step, got compile.target=eager. Drop one of them."
+        )
+    if workers.world_size == 1:
+        return None
+    assert workers.device_group is not None
+    return GradientReducer(
+        workers.device_group,
+        rank=workers.rank,
+        world_size=workers.world_size,
+        dtype=None if training.reduce_dtype == "auto" else as_torch(training.reduce_dtype),
+        bucket_bytes=training.reduce_bucket_mb * 2**20,
+        shards=training.shard_optimizer,
+        before_waiting=lambda: workers.waiting("waiting for the others' gradients"),
     )
 
 
@@ -65,17 +91,21 @@ def _program_class(cuda_graph: str, artifact: Artifact) -> type[CompiledProgram]
     return CompiledProgram if cuda_graph == "off" else GraphedProgram
 
 
-def run_memory(config: TrainConfig, plan: StepPlan, artifact: Artifact | None) -> MemoryEstimate:
-    """What the run will hold at its peak."""
+def run_memory(config: TrainConfig, plan: StepPlan, artifact: Artifact | None, world_size: int) -> MemoryEstimate:
+    """What this worker of the run will hold at its peak."""
     precision, training = plan.precision, config.training
-    several = training.gradient_accumulation_steps > 1
+    num_parameters = plan.num_parameters
+    several = (training.global_batch_size or 0) > training.batch_size or training.gradient_accumulation_steps > 1
     if artifact is not None:
-        return compiled_estimate(artifact.manifest, precision, several_microbatches=several)
-    length = config.model.max_seq_length
-    return estimate(
-        sum(parameter.numel() for parameter in plan.model.parameters()),
-        precision,
-        state_tensors=len(plan.optimizer.state_names),
-        activations=eager_activations(plan.model_config, precision, batch_size=training.batch_size, seq_length=length),
-        wide_gradients=several or BITS[precision.parameters] < BITS["float32"],
-    )
+        whole = compiled_estimate(artifact.manifest, precision, several_microbatches=several)
+    else:
+        length = config.model.max_seq_length
+        batch_size = training.batch_size
+        whole = estimate(
+            num_parameters,
+            precision,
+            state_tensors=len(plan.optimizer.state_names),
+            activations=eager_activations(plan.model_config, precision, batch_size=batch_size, seq_length=length),
+            wide_gradients=several or BITS[precision.parameters] < BITS["float32"],
+        )
+    return of_one_worker(whole, num_parameters, world_size, shards=training.shard_optimizer)

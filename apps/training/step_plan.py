@@ -49,6 +49,10 @@ class StepPlan:
     optimizer: Optimizer
     spec: StepSpec
 
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
 
 def plan_step(config: TrainConfig) -> StepPlan:
     """Read the model's config (never its weights), route it, and say what the step is compiled for."""

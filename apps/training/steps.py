@@ -5,6 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from apps.training.config_schema import TrainingConfig
+from backends.errors import UserError
+
+
+def accumulation_steps(settings: TrainingConfig, world_size: int) -> int:
+    """Microbatches of each worker in a step: as many as make `global_batch_size` rows, or else as many as were asked.
+
+    UserError when the rows of one microbatch of all workers do not divide the global batch.
+    """
+    rows, asked = settings.batch_size * world_size, settings.gradient_accumulation_steps
+    if settings.global_batch_size is None:
+        return asked
+    if settings.global_batch_size % rows:
+        raise UserError(
+            f"training.global_batch_size={settings.global_batch_size} is not a multiple of the {rows} rows that "
+            f"{world_size} workers take at a time (training.batch_size={settings.batch_size} each). Change one of them."
+        )
+    needed = settings.global_batch_size // rows
+    if asked not in (1, needed):
+        raise UserError(
+            f"training.global_batch_size={settings.global_batch_size} over {rows} rows at a time makes {needed} "
+            f"microbatches, but training.gradient_accumulation_steps={asked} was given too. Drop one of them."
+        )
+    return needed
+
 
 class Position(NamedTuple):
     """What `Epoch [epoch/epochs], Step [step/steps]` shows; all count from 1."""

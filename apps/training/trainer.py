@@ -20,7 +20,7 @@ from torch import Tensor
 from apps.training.config_schema import OptimizerConfig, ScheduleConfig
 from apps.training.data.packing import Rows
 from apps.training.hyperparameters import hyperparameter_table
-from apps.training.loss import Batch, make_batch, microbatches
+from apps.training.loss import make_batch, microbatches
 from apps.training.optimizers import Optimizer
 from apps.training.optimizers import load as load_optimizer
 from apps.training.reporting.records import Evaluation, StepRecord
@@ -45,6 +45,15 @@ class Program(Protocol):
         self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
     ) -> StepResult: ...
     def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor: ...
+
+
+class Workers(Protocol):
+    """The workers of the job, as far as the loop needs them. `workers.group.Workers` is the real one."""
+
+    def sum_counts(self, *numbers: int) -> tuple[int, ...]: ...
+    def sum_(self, tensor: Tensor) -> Tensor: ...
+    def doing(self, what: str) -> None: ...
+    def waiting(self, what: str) -> None: ...
 
 
 class NonFiniteLoss(RuntimeError):
@@ -83,12 +92,14 @@ def make_recipe(
 
 @dataclass(frozen=True)
 class Trainer:
-    """Steps and evaluations of one run.
+    """Steps and evaluations of one run, of which this is one worker.
 
-    `parameters` are the model's, in order; a step takes `accumulation` microbatches.
+    `parameters` are the model's, in order; a step takes `accumulation` microbatches of each worker. It runs the steps
+    `first_step` to `last_step` of the `count.total` that the whole run has.
     """
 
     program: Program
+    workers: Workers
     parameters: Sequence[Tensor]
     recipe: Recipe
     count: StepCount
@@ -96,6 +107,8 @@ class Trainer:
     device: torch.device
     precision: PrecisionPolicy
     article_attention: bool
+    first_step: int
+    last_step: int
 
     @cached_property
     def loss_dtype(self) -> torch.dtype:
@@ -109,28 +122,39 @@ class Trainer:
         return as_torch(at_least_float32(self.precision.parameters) if master == "none" else master)
 
     def steps(
-        self, rows: Iterable[Rows], *, pause_after: Callable[[int], bool], should_stop: Callable[[], bool]
+        self,
+        rows: Iterable[Rows],
+        *,
+        pause_after: Callable[[int], bool],
+        should_stop: Callable[[], bool],
+        on_queued: Callable[[int], None] = lambda step: None,
     ) -> Iterator[StepRecord]:
         """Run the steps and yield each one's record.
 
-        After a step for which `pause_after(step)` is true, its record is yielded before the next step is queued: the
-        model is then exactly at that step, and the time until the generator is resumed counts for no step. Ends early,
-        after a whole step, when `should_stop()` says so. Raises NonFiniteLoss.
+        `on_queued(step)` is called when the device has been given the step and nothing after it: what is queued there
+        sees the model exactly at that step. After a step for which `pause_after(step)` is true, its record is yielded
+        before the next step is queued, and the time until the generator is resumed counts for no step. Ends early,
+        after a whole step and the same one on every worker, when `should_stop()` says so on any. Raises NonFiniteLoss.
         """
         supply = iter(rows)
         waiting: list[_Queued] = []
         begin = time.perf_counter()
-        for step in range(1, self.count.total + 1):
-            waiting.append(self._queue(step, supply))
-            settle = self.device.type == "cpu" or step == self.count.total or pause_after(step) or should_stop()
+        for step in range(self.first_step, self.last_step + 1):
+            queued = self._queue(step, supply, should_stop)
+            if queued is None:
+                break
+            waiting.append(queued)
+            on_queued(step)
+            settle = self.device.type == "cpu" or step == self.last_step or pause_after(step)
             while len(waiting) > (0 if settle else 1):
                 record = waiting.pop(0).record(begin)
                 begin = time.perf_counter()
                 yield record
             if pause_after(step):
                 begin = time.perf_counter()
-            if settle and should_stop():
-                return
+        for late in waiting:
+            yield late.record(begin)
+            begin = time.perf_counter()
 
     def evaluate(
         self, rows: Iterable[Rows], step: int, on_batch: Callable[[], None], *, should_stop: Callable[[], bool]
@@ -140,40 +164,53 @@ class Trainer:
         counted = 0
         for each in rows:
             if should_stop():
-                return None
+                break
             batch = make_batch(each, article_attention=self.article_attention)
             (tensors,) = microbatches([batch], device=self.device, dtype=self.loss_dtype)
             total += self.program.evaluate(tensors).double() * batch.num_counted
             counted += batch.num_counted
+            self.workers.doing(f"evaluating after step {step}")
             on_batch()
-        return Evaluation(step=step, loss=total.item() / max(counted, 1), num_counted=counted)
+        self.workers.waiting(f"waiting for the others' evaluation after step {step}")
+        counted, stops = self.workers.sum_counts(counted, int(should_stop()))
+        if stops:
+            return None
+        return Evaluation(step=step, loss=self.workers.sum_(total).item() / max(counted, 1), num_counted=counted)
 
-    def _queue(self, step: int, supply: Iterator[Rows]) -> _Queued:
-        """Hand one optimizer step to the device."""
+    def _queue(self, step: int, supply: Iterator[Rows], should_stop: Callable[[], bool]) -> _Queued | None:
+        """Hand one optimizer step to the device; None when a worker asks to stop before it."""
+        self.workers.doing(f"reading rows of step {step}")
         batches = [
             make_batch(rows, article_attention=self.article_attention) for rows in islice(supply, self.accumulation)
         ]
+        counts = (sum(batch.num_counted for batch in batches), sum(batch.num_tokens for batch in batches))
+        self.workers.waiting(f"waiting for the others to begin step {step}")
+        num_counted, num_tokens, stops = self.workers.sum_counts(*counts, int(should_stop()))
+        if stops:
+            return None
+        self.workers.doing(f"computing step {step}")
         lr = self.recipe.learning_rate(step)
         table = hyperparameter_table(
             self.parameters, self.recipe.optimizer, self.recipe.settings, step=step, lr=lr, dtype=self.update_dtype
         )
         result = self.program.train_step(
-            microbatches(batches, device=self.device, dtype=self.loss_dtype),
+            microbatches(batches, device=self.device, dtype=self.loss_dtype, num_counted=num_counted),
             _to_device(table, self.device),
             self.recipe.max_grad_norm,
         )
         scalars = [result.loss] if result.grad_norm is None else [result.loss, result.grad_norm]
-        return _Queued(step, self.count.position(step).epoch, lr, batches, _HostCopy(scalars))
+        return _Queued(step, self.count.position(step).epoch, lr, num_tokens, num_counted, _HostCopy(scalars))
 
 
 @dataclass(frozen=True)
 class _Queued:
-    """A step the device has been given, whose numbers may not be there yet."""
+    """A step the device has been given, whose numbers may not be there yet. Counts are of the whole job."""
 
     step: int
     epoch: int
     lr: float
-    batches: Sequence[Batch]
+    num_tokens: int
+    num_counted: int
     scalars: _HostCopy
 
     def record(self, begin: float) -> StepRecord:
@@ -184,8 +221,8 @@ class _Queued:
             epoch=self.epoch,
             loss=loss,
             lr=self.lr,
-            num_tokens=sum(batch.num_tokens for batch in self.batches),
-            num_counted=sum(batch.num_counted for batch in self.batches),
+            num_tokens=self.num_tokens,
+            num_counted=self.num_counted,
             seconds=time.perf_counter() - begin,
             grad_norm=norm[0] if norm else None,
         )

@@ -104,7 +104,7 @@ class Job:
             one = lost[0]
             return Verdict(
                 f"error: {self._name(one, process=True)} is gone without a word, as when it is killed or out of "
-                f"memory; it was at: {one.what}.",
+                f"memory; last heard of at: {one.what}.",
                 1,
             )
         mistakes = {worker.rank: worker.failure for _, worker in self.troubles if worker.failure["code"] == 2}  # type: ignore[index]

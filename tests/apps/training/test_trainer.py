@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -17,6 +17,8 @@ from apps.training.optimizers.adamw import AdamW
 from apps.training.schedules.linear import Linear
 from apps.training.steps import StepCount
 from apps.training.trainer import NonFiniteLoss, Program, Recipe, Trainer, make_recipe
+from apps.training.workers.group import Workers
+from apps.training.workers.launch import Launch
 from backends.precision import resolve
 
 COMPLETION, PADDING = 1, 2
@@ -44,9 +46,12 @@ def recipe() -> Recipe:
     return Recipe(AdamW, AdamW.Config(), learning_rate=lambda step: 0.1 / step, max_grad_norm=None)
 
 
-def trainer(program: Program, total: int, device: str = "cpu", accumulation: int = 1) -> Trainer:
+def trainer(
+    program: Program, total: int, device: str = "cpu", accumulation: int = 1, first: int = 1, last: int | None = None
+) -> Trainer:
     return Trainer(
         program=program,
+        workers=Workers.solo(),
         parameters=[torch.zeros(2, 2)],
         recipe=recipe(),
         count=StepCount(steps_per_epoch=3, total=total),
@@ -54,6 +59,8 @@ def trainer(program: Program, total: int, device: str = "cpu", accumulation: int
         device=torch.device(device),
         precision=resolve("float32"),
         article_attention=False,
+        first_step=first,
+        last_step=last or total,
     )
 
 
@@ -117,7 +124,58 @@ def test_a_stop_ends_the_loop_after_a_whole_step_and_loses_no_record(device: str
     ):
         seen.append(record.step)
     assert seen == list(range(1, len(program.microbatches) + 1))
-    assert len(seen) == {"cpu": 5, "meta": 7}[device]  # on a GPU one step was queued, and one is running
+    assert len(seen) == {"cpu": 5, "meta": 6}[device]  # on a GPU one step was queued
+
+
+def test_a_leg_takes_its_steps_of_the_whole_run() -> None:
+    program, queued = Noted(), []
+    leg = trainer(program, 9, first=4, last=6)
+    records = list(leg.steps(endless_rows(), pause_after=never, should_stop=never, on_queued=queued.append))
+    assert [record.step for record in records] == queued == [4, 5, 6]
+    assert [record.epoch for record in records] == [2, 2, 2]
+    assert [record.lr for record in records] == [0.1 / step for step in (4, 5, 6)]
+
+
+def test_what_is_copied_behind_a_queued_step_sees_no_later_one() -> None:
+    program, seen = Noted(), []
+    loop = trainer(program, 5, device="meta")
+    list(
+        loop.steps(
+            endless_rows(),
+            pause_after=never,
+            should_stop=never,
+            on_queued=lambda step: seen.append((step, len(program.microbatches))),
+        )
+    )
+    assert seen == [(step, step) for step in range(1, 6)]
+
+
+class OneOfTwo(Workers):
+    """Its sister counts as much as it does, and asks to stop before step `sister_stops`."""
+
+    def __init__(self, sister_stops: int) -> None:
+        super().__init__(Launch())
+        self.calls, self.sister_stops = 0, sister_stops
+
+    def sum_counts(self, *numbers: int) -> tuple[int, ...]:
+        self.calls += 1
+        *counts, stops = numbers
+        return *(2 * count for count in counts), stops + int(self.calls >= self.sister_stops)
+
+
+def test_counts_are_of_the_whole_job_and_any_worker_can_stop_it() -> None:
+    scales = []
+
+    class Watched(Noted):
+        def train_step(self, microbatches: list, *arguments: object) -> StepResult:
+            scales.append(microbatches[0]["grad_scale"].max().item())
+            return super().train_step(microbatches, *arguments)
+
+    loop = replace(trainer(Watched(), 9), workers=OneOfTwo(sister_stops=4))
+    records = list(loop.steps(endless_rows(padded=1), pause_after=never, should_stop=never))
+    assert [record.step for record in records] == [1, 2, 3]
+    assert {(record.num_tokens, record.num_counted) for record in records} == {(12, 8)}
+    assert scales == pytest.approx([1 / 8] * 3)  # N counts both workers' positions
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -140,6 +198,7 @@ def test_evaluation_is_the_mean_over_every_counted_position_with_padded_batches_
     types[4:] = PADDING  # rows that fill up the last batch
     loop = Trainer(
         program=EagerProgram(model, optimizer="adamw", precision=resolve("float64")),
+        workers=Workers.solo(),
         parameters=list(model.parameters()),
         recipe=recipe(),
         count=StepCount(1, 1),
@@ -147,6 +206,8 @@ def test_evaluation_is_the_mean_over_every_counted_position_with_padded_batches_
         device=torch.device("cpu"),
         precision=resolve("float64"),
         article_attention=False,
+        first_step=1,
+        last_step=1,
     )
     ticks: list[None] = []
     batches = (Rows(ids[i : i + 2], types[i : i + 2]) for i in (0, 2, 4))

@@ -1,0 +1,159 @@
+"""A run's checkpoints as the run sees them: where it goes on from, and after which steps it saves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from apps.training.checkpointing.publishing import clean, remove_later, require_no_later
+from apps.training.checkpointing.reading import Checkpoint, open_checkpoint
+from apps.training.checkpointing.resume import require_same_run, save_folder
+from apps.training.checkpointing.static_files import static_files
+from apps.training.checkpointing.writer import CheckpointWriter
+from apps.training.config import to_mapping
+from apps.training.config_schema import TrainConfig
+from apps.training.data.storage import Dataset
+from apps.training.files import require_writable
+from apps.training.outcome import Outcome
+from apps.training.reporting.output_folder import require_room
+from apps.training.reporting.records import Evaluation, StepRecord
+from apps.training.step_plan import StepPlan
+from apps.training.workers.group import Workers
+
+
+def run_identity(config: TrainConfig, plan: StepPlan, dataset: Dataset, rows_per_step: int) -> dict[str, Any]:
+    """What makes a run this one: with any of it changed, to go on would not be to resume."""
+    spec = plan.spec
+    rows = json.dumps(dict(dataset.metadata), sort_keys=True, default=str).encode()
+    return {
+        "model": spec.model | {"max_seq_length": spec.max_seq_length, "article_attention": spec.article_attention},
+        "optimizer": {"name": config.optimizer.name},
+        "precision": spec.precision,
+        "routing": spec.routing,
+        "seed": config.training.seed,
+        "dataset": f"{dataset.num_train_rows} rows, metadata {hashlib.sha256(rows).hexdigest()[:12]}",
+        "global_batch_size": rows_per_step,
+    }
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What earlier starts of the run have done: nothing, or everything up to update `step`."""
+
+    step: int = 0
+    records: list[StepRecord] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    checkpoint: Checkpoint | None = None
+
+    def last_step(self, total: int, num_steps: int | None) -> int:
+        """The last step to take now: of the whole run's `total`, or `num_steps` from here."""
+        return total if num_steps is None else min(total, self.step + num_steps)
+
+    def load(self, model: nn.Module, program: Any, rank: int) -> None:
+        """Put the state after update `step` into place."""
+        if self.checkpoint is None:
+            return
+        self.checkpoint.load_weights(model)
+        self.checkpoint.load_optimizer(program)
+        self.checkpoint.load_buffers(model, rank)
+        self.checkpoint.load_rng(rank)
+        print(f"Going on after step {self.step}: {self.checkpoint.path}", flush=True)
+
+
+def open_resumed(path: Path | None, identity: Mapping[str, Any], config: TrainConfig) -> Resumed:
+    """The checkpoint `path`, whose bytes were checked, as what to go on from. UserError when it is of another run."""
+    if path is None:
+        return Resumed()
+    checkpoint = open_checkpoint(path, is_checked=True)
+    require_same_run(checkpoint.state, identity, path=path, overwrite_config=config.checkpoint.overwrite_config)
+    return Resumed(checkpoint.step, checkpoint.records, checkpoint.evaluations, checkpoint)
+
+
+class Saver:
+    """Saves after the steps that the settings name, after the last one, and where Ctrl-C ends the run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        identity: Mapping[str, Any],
+        model: nn.Module,
+        program: Any,
+        tokenizer: Path | None,
+        workers: Workers,
+        last_step: int,
+    ) -> None:
+        self.model, self.program, self.last_step = model, program, last_step
+        self.is_first, self.overwrite = workers.is_first, config.training.overwrite_output_dir
+        self.folder, self.settings = save_folder(config), config.checkpoint
+        self.state = {"settings": to_mapping(config), "run": dict(identity)}
+        self._saved_step = 0
+        self._writer: CheckpointWriter | None = None
+        if config.checkpoint.save:
+            self._writer = CheckpointWriter(
+                self.folder,
+                rank=workers.rank,
+                world_size=workers.world_size,
+                keep=config.checkpoint.keep,
+                static=static_files(model, tokenizer) if workers.is_first else {},
+                sharded_optimizer=config.training.shard_optimizer,
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """About what one checkpoint takes on the disk; 0 when none is saved."""
+        if self._writer is None:
+            return 0
+        tensors = [*self.model.parameters(), *self.program.optimizer_state().values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def start(self, resumed_step: int) -> None:
+        """Make sure that checkpoints can be written; take away what a killed run left. Call it under the run's lock.
+
+        UserError when they cannot, or when later checkpoints of another run lie there.
+        """
+        if self._writer is None or not self.is_first:
+            return
+        require_writable(self.folder, "checkpoint.save_path")
+        require_room(self.folder, self.nbytes, "checkpoint.save_path")
+        require_no_later(self.folder, resumed_step, overwrite=self.overwrite)
+        clean(self.folder)
+        remove_later(self.folder, resumed_step)
+
+    def on_queued(self, step: int) -> None:
+        """The device has been given `step` and nothing behind it: copy it, if it is to be saved."""
+        if self._writer is not None and self._is_saved(step):
+            self._writer.snapshot(step, self.model, self.program)
+
+    def on_record(self, step: int, outcome: Outcome) -> None:
+        """The numbers of `step` are there: write what was copied of it."""
+        if self._writer is not None and self._is_saved(step):
+            self._write(step, outcome)
+
+    def on_end(self, outcome: Outcome) -> None:
+        """The steps are over, perhaps before the last one."""
+        step = outcome.steps[-1].step if outcome.steps else 0
+        if self._writer is not None and step > self._saved_step:
+            self._writer.snapshot(step, self.model, self.program)
+            self._write(step, outcome)
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete. UserError when it could not be written."""
+        if self._writer is not None and self._saved_step:
+            self._writer.wait()
+            print(f"Checkpoint to go on from saved at {self.folder}/iter_{self._saved_step}/", flush=True)
+
+    def _is_saved(self, step: int) -> bool:
+        steps = self.settings.save_steps
+        chosen = step in steps if isinstance(steps, list) else step % steps == 0
+        return chosen or step == self.last_step
+
+    def _write(self, step: int, outcome: Outcome) -> None:
+        assert self._writer is not None
+        self._writer.write(self.state, outcome.steps, outcome.evaluations)
+        self._saved_step = step
