@@ -113,7 +113,8 @@ def _chosen(config: TrainConfig) -> Path | None:
 
 
 def _require_equal(path: Path, given: Sequence[str], now: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    differ = [name for name in given if not is_free(name) and now.get(name) != stored.get(name)]
+    names = [name if name in now else f"extra.{name}" for name in given if not is_free(name)]
+    differ = [name for name in names if now.get(name) != stored.get(name)]
     if differ:
         table = [(name, stored.get(name), now.get(name)) for name in differ]
         raise UserError(
