@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _with_global_batch(config: TrainConfig, given: Sequence[str], state: Mapping
 
 
 def _without(settings: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:
-    kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+    kept = deepcopy(dict(settings))
     for path in paths:
         section, _, key = path.rpartition(".")
         (kept[section] if section else kept).pop(key, None)

@@ -64,3 +64,37 @@ def test_each_step_is_in_the_csv_at_once_as_plain_numbers(tmp_path: Path) -> Non
     assert header == list(COLUMNS)
     assert header[:4] == ["Tokens in Step", "Step Loss", "Learning Rate", "Time per Step"]
     assert row == ["2691", "5.123456789", "1e-05", "0.5", "1", "1", "2600", "", "5382.0"]
+
+
+def rows_of(path: Path) -> list[str]:
+    with path.open(newline="") as file:
+        return [row["Step"] for row in csv.DictReader(file)]
+
+
+def test_a_resumed_csv_has_the_same_rows_no_gap_and_no_duplicate(tmp_path: Path) -> None:
+    """The run was killed after step 5, in the middle of a row; it goes on after step 3."""
+    records = [
+        StepRecord(
+            step=step, epoch=1, loss=1 / step, lr=0.1, num_tokens=10, num_counted=9, seconds=1 / 3, grad_norm=1 / 7
+        )
+        for step in range(1, 6)
+    ]
+    path = tmp_path / "metrics.csv"
+    with MetricsFile(path) as metrics:
+        for record in records:
+            metrics.append(record)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with MetricsFile(path, records[:3]) as metrics:
+        assert rows_of(path) == ["1", "2", "3"]
+        for record in records[3:]:
+            metrics.append(record)
+    assert path.read_bytes() == whole
+
+
+def test_a_run_killed_before_it_left_weights_may_start_again(tmp_path: Path) -> None:
+    (tmp_path / "per_step_metrics.csv").touch()
+    require_free(tmp_path, overwrite=False, unfinished=True)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="holds another run"):
+        require_free(tmp_path, overwrite=False, unfinished=True)
