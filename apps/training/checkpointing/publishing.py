@@ -92,7 +92,9 @@ class Publisher:
         self._prune(step)
 
     def _prune(self, step: int) -> None:
-        complete = [each for each in checkpoint_folders(self.folder) if flaw(each, hashes=False) is None]
+        # A later one can only be damaged (see `require_no_later`): it must not push a good one out.
+        ours = [each for each in checkpoint_folders(self.folder) if (step_of(each) or 0) <= step]
+        complete = [each for each in ours if flaw(each, hashes=False) is None]
         for folder in complete[self.keep :] if self.keep is not None else ():
             remove_checkpoint(folder)
         for place in self.folder.glob(f"{BEING_WRITTEN}iter_*"):  # of a step that failed; nobody writes there any more
@@ -135,12 +137,14 @@ def clean(folder: Path) -> None:
 
 
 def require_no_later(folder: Path, step: int, *, overwrite: bool = False) -> None:
-    """UserError when `folder` holds checkpoints of later steps than `step`, where we start (0: from the beginning).
+    """UserError when `folder` holds complete checkpoints of later steps than `step`, where we start (0: anew).
 
     They are of another run, or of a future given up; beside ours they would pass for the newest.
     """
-    later = [each.name for each in checkpoint_folders(folder) if (step_of(each) or 0) > step]
-    if later and not overwrite:
+    if overwrite:
+        return
+    later = [each.name for each in _later(folder, step) if flaw(each) is None]
+    if later:
         start = f"goes on from step {step}" if step else "starts anew"
         raise UserError(
             f"checkpoint.save_path={folder} holds {later[0]}, and this run {start}. Choose another folder, go on from "
@@ -149,10 +153,13 @@ def require_no_later(folder: Path, step: int, *, overwrite: bool = False) -> Non
 
 
 def remove_later(folder: Path, step: int) -> None:
-    """Remove the checkpoints of later steps than `step`. Only under the folder's lock."""
-    for each in checkpoint_folders(folder):
-        if (step_of(each) or 0) > step:
-            remove_checkpoint(each)
+    """Remove the checkpoints of later steps than `step`, damaged ones too. Only under the folder's lock."""
+    for each in _later(folder, step):
+        remove_checkpoint(each)
+
+
+def _later(folder: Path, step: int) -> list[Path]:
+    return [each for each in checkpoint_folders(folder) if (step_of(each) or 0) > step]
 
 
 def remove_checkpoint(folder: Path) -> None:

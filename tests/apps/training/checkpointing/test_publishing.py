@@ -110,3 +110,16 @@ def test_checkpoints_of_another_run_are_not_mixed_with_ours(tmp_path: Path) -> N
     require_no_later(tmp_path, 4, overwrite=True)
     remove_later(tmp_path, 4)
     assert names(tmp_path) == ["iter_2", "iter_4"]
+
+
+def test_a_later_one_that_is_damaged_is_in_nobodys_way(tmp_path: Path) -> None:
+    """The newest was altered, so the run went on from the one before; that one must not be pruned for it."""
+    save(tmp_path, 2, 4, 6)
+    path = tmp_path / "iter_6" / "state.json"
+    path.write_bytes(path.read_bytes().replace(b"6", b"7"))  # of the right size, so only its hash tells
+    require_no_later(tmp_path, 4)
+    save(tmp_path, 5, keep=1)
+    assert names(tmp_path) == ["iter_5", "iter_6"]
+    save(tmp_path, 6, keep=1)
+    assert names(tmp_path) == ["iter_6"]
+    assert newest_complete(tmp_path) == tmp_path / "iter_6"
