@@ -15,7 +15,8 @@ ONE_PRESS = 0.5  # seconds: a launcher hands on the Ctrl-C that the terminal has
 class StopRequest:
     """While it is entered, the first Ctrl-C sets `requested` and says so; the second raises KeyboardInterrupt.
 
-    SIGTERM, with which launchers and schedulers ask a job to end, is the same request; it never raises.
+    SIGTERM and SIGUSR1, with which launchers and schedulers announce the end of a job, are the same request; they
+    never raise.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only; elsewhere Ctrl-C is somebody else's business.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -43,9 +44,7 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.requested, self._pressed = True, now
-        cause = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        print(
-            f"\n{cause}: finishing this step, then saving. Ctrl-C once more to stop at once.",
-            file=sys.stderr,
-            flush=True,
-        )
+        text = "\nCtrl-C: finishing this step, then saving. Once more to stop at once."
+        if number != signal.SIGINT:
+            text = f"\n{signal.Signals(number).name}: finishing this step, then saving."
+        print(text, file=sys.stderr, flush=True)

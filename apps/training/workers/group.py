@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -9,22 +10,23 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from apps.training.cli import INTERRUPTED, user_line
 from apps.training.workers.launch import Launch
 from apps.training.workers.lifeline import Lifeline, end_now
-from apps.training.workers.mpi import MixedMPI
+from apps.training.workers.mpi import OfEveryWorker
 from apps.training.workers.rendezvous import join
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import ProcessGroup, Store
 
-UNTIL_THE_FIRST_SPOKE = 5.0  # seconds
+TO_MEET = 60.0  # seconds
+UNTIL_THE_FIRST_SPOKE = 5.0
 
 
 class Workers:
@@ -120,50 +122,78 @@ def open_workers(launch: Launch, *, device_type: str, timeout: float) -> Iterato
         sys.stdout.flush()
         lifeline.leave()
     except BaseException as error:
-        fail(launch, error, lifeline)
+        if lifeline is None:
+            _end_alone(launch, error)
+        lifeline.fail(*_told(error))
     finally:
         _on_terminate(_interrupt, previous)
     _close_groups()
     lifeline.linger()
 
 
-def fail(launch: Launch, error: BaseException, lifeline: Lifeline | None = None) -> NoReturn:
-    """End the whole job because of `error` in this worker, with one message and the exit code that it stands for."""
-    line, trace, code = _told(error)
-    if isinstance(error, MixedMPI) or lifeline is None:
-        _end_alone(launch, line, trace, code, everybody=isinstance(error, MixedMPI))
-    lifeline.fail(line, trace=trace, code=code)
+def fail_before_opening(launch: Launch, error: BaseException) -> NoReturn:
+    """End the job because of an error before `open_workers`: the workers meet only to find out who has what to say.
+
+    Worker 0 need not ask: it says it, and gives the others a moment to come and hear that all is over.
+    """
+    told = _told(error)
+    if not launch.is_first:
+        try:
+            lifeline, _ = join(launch, timeout=TO_MEET, with_store=False)
+        except Exception:
+            _end_alone(launch, error)
+        lifeline.fail(*told)
+    _say(launch, told)
+
+    def tell_the_others() -> None:
+        with suppress(Exception):
+            lifeline, _ = join(launch, timeout=TO_MEET, with_store=False)
+            lifeline.fail(*told, said=True)
+
+    meeting = threading.Thread(target=tell_the_others, daemon=True)
+    meeting.start()
+    meeting.join(UNTIL_THE_FIRST_SPOKE)
+    end_now(told.code)
 
 
-def fail_before_opening(launch: Launch, error: BaseException, timeout: float = 60.0) -> NoReturn:
-    """Like `fail`, before `open_workers`: meets the others only to find out who has the same to say."""
-    try:
-        lifeline, _ = join(launch, timeout=timeout, with_store=False)
-    except Exception:
-        line, trace, code = _told(error)
-        _end_alone(launch, line, trace, code, everybody=False)
-    fail(launch, error, lifeline)
+class _Told(NamedTuple):
+    """An error as it is told: one line, the traceback if it is a bug, the exit code."""
+
+    line: str
+    trace: str
+    code: int
 
 
-def _told(error: BaseException) -> tuple[str, str, int]:
-    """One line, traceback if it is a bug, exit code."""
+def _told(error: BaseException) -> _Told:
     mistake = user_line(error)
     if mistake is not None:
-        return mistake, "", 2
+        return _Told(mistake, "", 2)
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", "", INTERRUPTED
+        return _Told("interrupted", "", INTERRUPTED)
     line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
-    return line, "".join(traceback.format_exception(error)), 1
+    return _Told(line, "".join(traceback.format_exception(error)), 1)
 
 
-def _end_alone(launch: Launch, line: str, trace: str, code: int, *, everybody: bool) -> NoReturn:
-    """Without a way to the others. Worker 0 speaks first, and its end is the job's under most launchers."""
-    if not launch.is_first:
-        time.sleep(UNTIL_THE_FIRST_SPOKE)
-        line = f"Worker {launch.rank} of {launch.world_size} ({socket.gethostname()}): {line}"
-    if launch.is_first or not everybody:
-        print(f"{trace}error: {line}", file=sys.__stderr__, flush=True)
-    end_now(code)
+def _say(launch: Launch, told: _Told) -> None:
+    """On stderr, with the worker's name unless it is worker 0 with a mistake of the user: that is everybody's."""
+    named = told.code == 1 or not launch.is_first
+    me = f"Worker {launch.rank} of {launch.world_size} ({socket.gethostname()}): " if named else ""
+    line = told.line if told.code == INTERRUPTED else f"error: {me}{told.line}"
+    print(f"{told.trace}{line}", file=sys.__stderr__, flush=True)
+
+
+def _end_alone(launch: Launch, error: BaseException) -> NoReturn:
+    """Without a way to the others: worker 0 speaks first, and its end is the whole job's under most launchers."""
+    told = _told(error)
+    if launch.is_first:
+        _say(launch, told)
+        end_now(told.code)
+    time.sleep(UNTIL_THE_FIRST_SPOKE)
+    if isinstance(error, OfEveryWorker):
+        end_now(told.code)
+    _say(launch, told)
+    os.kill(os.getpid(), signal.SIGKILL)  # a plain exit would leave those alone who wait in MPI for this worker
+    end_now(told.code)
 
 
 def _open_groups(

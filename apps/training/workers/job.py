@@ -107,6 +107,9 @@ class Job:
                 f"memory; last heard of at: {one.what}.",
                 1,
             )
+        said = [worker.failure for _, worker in self.troubles if worker.failure["said"]]  # type: ignore[index]
+        if said:
+            return Verdict("", said[0]["code"])  # type: ignore[index]
         mistakes = {worker.rank: worker.failure for _, worker in self.troubles if worker.failure["code"] == 2}  # type: ignore[index]
         if len(mistakes) == len(self.troubles):
             if 0 in mistakes:

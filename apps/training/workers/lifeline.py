@@ -54,14 +54,15 @@ class Lifeline:
                 while self.link.recv(1 << 12):
                     pass
 
-    def fail(self, line: str, *, trace: str = "", code: int) -> NoReturn:
+    def fail(self, line: str, trace: str, code: int, *, said: bool = False) -> NoReturn:
         """Report why this worker cannot go on; the watch says it, once for the whole job, and then ends all workers.
 
+        `said`: the user has read it already.
         Nothing is torn down before: a broken connection would make others fail with a misleading reason.
         """
         with suppress(OSError, ValueError):
             sys.stdout.flush()
-        self._send(failure={"line": line, "trace": trace[-LONGEST_TRACE:], "code": code})
+        self._send(failure={"line": line, "trace": trace[-LONGEST_TRACE:], "code": code, "said": said})
         time.sleep(20)
         end_now(code)  # nobody answered
 

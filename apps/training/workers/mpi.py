@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,25 @@ from backends.errors import UserError
 OPENMPI_LIBRARY = "libmpi.so.40"  # of Open MPI 4 and 5
 
 
-class MixedMPI(UserError):
-    """This process's MPI is not the one that started it: every worker sees that by itself, and worker 0 says it."""
+class OfEveryWorker(UserError):
+    """A mistake that every worker finds by itself before it can reach the others: worker 0 says it."""
 
 
 def broadcast(launch: Launch, message: Any) -> Any:
     """Worker 0's `message`. MPI is initialised and finalised here: nothing of it may spin or hang later on.
 
-    UserError when mpi4py or the launcher's MPI library is missing; MixedMPI when it is another's.
+    UserError when mpi4py or the launcher's MPI library is missing, or when it is another's.
     """
     if launch.launcher == "openmpi":
         os.environ.setdefault("MPI4PY_MPIABI", "openmpi")
         os.environ.setdefault("MPI4PY_LIBMPI", os.pathsep.join(_openmpi_libraries()))
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a suspicious environment: what is wrong with it is checked below
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UserError(
+        kind = OfEveryWorker if launch.on_one_host else UserError
+        raise kind(
             f"Workers of {launch.launcher}'s mpirun meet through mpi4py, which cannot be used: "
             f"{str(error).splitlines()[0]}. Install it (pip install mpi4py mpich), use this environment's mpirun, "
             "or set MASTER_ADDR and MASTER_PORT."
@@ -40,7 +44,7 @@ def broadcast(launch: Launch, message: Any) -> Any:
         rank_name, size_name = VARIABLES[launch.launcher][:2]
         library = MPI.Get_library_version().splitlines()[0].split(",")[0].replace("\t", " ").strip("\0 ")
         MPI.Finalize()
-        raise MixedMPI(
+        raise OfEveryWorker(
             f"mpirun says worker {launch.rank} of {launch.world_size} ({rank_name}, {size_name}), but mpi4py's "
             f"{library} says {rank} of {size}: they belong to different MPI installations. Use the mpirun beside this "
             f"python ({Path(sys.executable).parent / 'mpirun'}), or name the library of yours in MPI4PY_LIBMPI."

@@ -137,6 +137,8 @@ class Watch:
                 break
             self.read(TICK)
         here = self.job.machine
+        if 0 not in self.job.workers:
+            kill(os.getppid())  # worker 0 waits in MPI for those who did not come
         for worker in self.job.workers.values():
             if worker.machine == here and not worker.gone:
                 kill(worker.pid)
