@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
 
 TO_MEET = 60.0  # seconds
-UNTIL_THE_FIRST_SPOKE = 5.0
+UNTIL_THE_FIRST_SPOKE = 3.0
 
 
 class Workers:

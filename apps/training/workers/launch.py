@@ -52,11 +52,11 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     if not found:
         return Launch()
     launch = _read(environ, found[0])
-    if "TORCHELASTIC_RUN_ID" in environ:  # torchrun itself may have been started by srun or mpirun, one on each host
-        return launch
+    if launch.launcher != "torchrun" or "TORCHELASTIC_RUN_ID" in environ:
+        return launch  # whatever started the launcher itself, one on each host, has left its variables too
     for other in found[1:]:
         theirs = _read(environ, other)
-        if found[0] == "torchrun" and (theirs.rank, theirs.world_size) != (launch.rank, launch.world_size):
+        if (theirs.rank, theirs.world_size) != (launch.rank, launch.world_size):
             raise UserError(
                 f"RANK={launch.rank} WORLD_SIZE={launch.world_size} contradict "
                 f"{VARIABLES[other][0]}={theirs.rank} {VARIABLES[other][1]}={theirs.world_size}. "
