@@ -25,6 +25,7 @@ from apps.training.reporting.output_folder import require_room
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.step_plan import StepPlan
 from apps.training.workers.group import Workers
+from backends.errors import UserError
 
 
 def run_identity(config: TrainConfig, plan: StepPlan, dataset: Dataset, rows_per_step: int) -> dict[str, Any]:
@@ -93,6 +94,7 @@ class Saver:
         self.folder, self.settings = save_folder(config), config.checkpoint
         self.state = {"settings": to_mapping(config), "run": dict(identity)}
         self._saved_step = 0
+        self._failure: UserError | None = None
         self._writer: CheckpointWriter | None = None
         if config.checkpoint.save:
             self._writer = CheckpointWriter(
@@ -136,16 +138,26 @@ class Saver:
             self._write(step, outcome)
 
     def on_end(self, outcome: Outcome) -> None:
-        """The steps are over, perhaps before the last one."""
+        """The steps are over, perhaps before the last one: save where they ended, and wait until nothing is written.
+
+        The run's folder is exchanged for the one with the final weights next; a failure can wait for `finish`.
+        """
         step = outcome.steps[-1].step if outcome.steps else 0
-        if self._writer is not None and step > self._saved_step:
+        if self._writer is None:
+            return
+        if step > self._saved_step:
             self._writer.snapshot(step, self.model, self.program)
             self._write(step, outcome)
+        try:
+            self._writer.wait()
+        except UserError as error:
+            self._failure = error
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is complete. UserError when it could not be written."""
-        if self._writer is not None and self._saved_step:
-            self._writer.wait()
+        """Say where the last checkpoint lies. UserError when it could not be written."""
+        if self._failure is not None:
+            raise self._failure
+        if self._saved_step:
             print(f"Checkpoint to go on from saved at {self.folder}/iter_{self._saved_step}/", flush=True)
 
     def _is_saved(self, step: int) -> bool:
