@@ -110,7 +110,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     # The step: which model, which backend computes which layer, and the machine code for it. No weights yet.
     settings, output = config.training, Path(config.training.output_dir)
     artifact = require_artifact(config, plan)
-    device = open_device(plan.spec.device["kind"], config.run.num_threads, workers.local_rank, workers.local_world_size)
+    device = open_device(plan.spec.device["kind"], config, workers)
     memory = run_memory(config, plan, artifact, workers.world_size)
     free = available_memory(str(device), workers.local_world_size)
     require_memory(memory, free, str(device))

@@ -68,12 +68,13 @@ def serve(name: str, settings: list[str], pipe) -> None:
     from apps.training.devices import open_device
     from apps.training.programs import require_artifact
     from apps.training.step_plan import plan_step
+    from apps.training.workers.group import Workers
 
     config = parse(["command=run", *settings])
     plan = plan_step(config)
     dtype = getattr(torch, config.model.dtype)
     if name.startswith("regions"):
-        device = open_device(plan.spec.device["kind"], None)
+        device = open_device(plan.spec.device["kind"], config, Workers.solo())
         model = modelzoo.build_model(plan.model_config, device=device, dtype=dtype, seed=1)
         step = regions_step(require_artifact(config, plan), plan, model, "on" if name.endswith("graph") else "off")
     else:

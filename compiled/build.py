@@ -33,12 +33,16 @@ def build(
     """
     started = time.perf_counter()
     lowering.require_compiler(spec.device["kind"])
-    regions, schedule = capture_step(model, spec, optimizer, policy)
+    with lowering.determinism(spec.deterministic):
+        regions, schedule = capture_step(model, spec, optimizer, policy)
     specs = {name: captured.spec for name, captured in regions.items()}
     files = {f"graphs/{name}.txt": lowering.graph_text(captured.graph).encode() for name, captured in regions.items()}
     if debug is not None:
         _keep(debug, files)
-    with tempfile.TemporaryDirectory(prefix="substrate-compile-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="substrate-compile-") as folder,
+        lowering.determinism(spec.deterministic),
+    ):
         lower_all(regions, spec.device["kind"], Path(folder), workers, debug, report)
         for name, region in specs.items():
             region.file = f"regions/{name}"

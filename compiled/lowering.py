@@ -100,10 +100,16 @@ def _options(device_type: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _deterministic(device_type: str) -> Iterator[None]:
-    # Scattered sums (the embedding's gradient) would use atomics on CPU, whose order changes from run to run.
+def determinism(wanted: bool) -> Iterator[None]:
+    """Code traced and lowered inside gives the same bits in every run, if `wanted`.
+
+    Scattered sums (the embedding's gradient) would use atomics, whose order changes, also on a CPU; on CUDA, attention
+    takes flash, whose backward has an ordered form, instead of cuDNN's.
+    """
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(device_type == "cpu" or before)
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+    torch.use_deterministic_algorithms(wanted or before)
     try:
         yield
     finally:
@@ -138,7 +144,7 @@ def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: 
     options = _options(device_type)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_deterministic(device_type))
+        stack.enter_context(determinism(device_type == "cpu"))
         if debug is not None:
             debug.mkdir(parents=True, exist_ok=True)
             options |= {"trace.enabled": True, "trace.debug_dir": str(debug)}

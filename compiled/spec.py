@@ -54,6 +54,7 @@ class StepSpec:
     recompute: str
     device: dict[str, Any]
     versions: dict[str, str]
+    deterministic: bool = True  # every run gives the same bits; on a CPU always
 
     def to_json(self) -> dict[str, Any]:
         # through JSON once, so that a spec just made compares equal to one read from a file

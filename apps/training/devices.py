@@ -7,29 +7,36 @@ import os
 
 import torch
 
+from apps.training.config_schema import TrainConfig
 from apps.training.reporting.throughput import peak_flops
+from apps.training.workers.group import Workers
 from backends.errors import UserError
 
 
-def open_device(kind: str, num_threads: int | None, local_rank: int = 0, local_world_size: int = 1) -> torch.device:
-    """The device of that kind ("cpu" or "cuda"), the `local_rank`th of its host for one of several workers there.
+def open_device(kind: str, config: TrainConfig, workers: Workers) -> torch.device:
+    """The device of that kind ("cpu" or "cuda"), of its own for each worker of the host; sets threads and determinism.
 
-    `num_threads` for what the CPU does; None: what OMP_NUM_THREADS says, or an equal share of the cores.
+    CPU threads: run.num_threads, or what OMP_NUM_THREADS says, or for several workers an equal share of the cores.
+    Raises UserError when there are fewer GPUs than workers.
     """
-    if num_threads is None and local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        num_threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    num_threads = config.run.num_threads
+    if num_threads is None and workers.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        num_threads = max(1, len(os.sched_getaffinity(0)) // workers.local_world_size)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     if kind == "cpu":
         _keep_memory()
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if workers.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"Worker {local_rank} of this host needs a GPU of its own, and there are {torch.cuda.device_count()}. "
-            "Start fewer workers on it, or use compile.arch=cpu."
+            f"Each worker needs a GPU of its own; this host has {torch.cuda.device_count()} and "
+            f"{workers.local_world_size} workers. Start fewer on it, or use compile.arch=cpu."
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    if config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
+        torch.use_deterministic_algorithms(True)
+    torch.cuda.set_device(workers.local_rank)
+    return torch.device("cuda", workers.local_rank)
 
 
 def _keep_memory() -> None:

@@ -75,6 +75,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         recompute=config.compile.recompute,
         device=describe_device(kind),
         versions=describe_versions(kind) | {"source": _source_fingerprint()},
+        deterministic=kind == "cpu" or config.training.deterministic,
     )
     return StepPlan(name, model_config, model, routing, config.precision, optimizer(), spec)
 
@@ -141,6 +142,7 @@ def compile_command(config: TrainConfig) -> str:
         for key, value in vars_of(getattr(config, section)).items():
             if value != getattr(default, key) and key not in ("max_seq_length", "verbose", "debug", "workers"):
                 arguments.append(f"{section}.{key}={_written(value)}")
+    arguments += ["training.deterministic=true"] if config.training.deterministic else []
     optimizer, standard = config.optimizer, type(config.optimizer)()
     arguments += [f"optimizer={optimizer.name}"] if optimizer.name != standard.name else []
     for key in ("moments_dtype", "master_weights"):

@@ -1,0 +1,143 @@
+"""Time of a step on 1, 2, … workers with the same work for each, what a checkpoint costs, and how the sums overlap.
+
+    python apps/train_llm.py command=compile SETTINGS
+    torchrun --nproc-per-node N benchmarks/weak_scaling.py SETTINGS [steps=20] [save=1] [trace=FILE.json]
+
+Random tokens, AdamW, no clipping, the CUDA graph on a GPU. The first worker prints one JSON line: the slowest worker's
+median time of a step and the tokens of all per second. `save=1` adds, for one of the steps, a checkpoint that is
+written meanwhile, and prints how much of a step it took. `trace=FILE` adds the profiler's trace of two steps
+(without the graph), for `benchmarks/draw_overlap.py`.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+OWN = {"steps": "20", "save": "0", "trace": ""}
+
+
+def main() -> None:
+    from apps.training.config import parse
+    from apps.training.step_plan import plan_step
+    from apps.training.workers.group import open_workers
+    from apps.training.workers.launch import find_launch
+
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    own = {name: given.pop(name, default) for name, default in OWN.items()}
+    config = parse(["command=run", *(f"{key}={value}" for key, value in given.items())])
+    plan = plan_step(config)
+    with open_workers(find_launch(), device_type=plan.spec.device["kind"], timeout=120) as workers:
+        measure(config, plan, workers, own)
+
+
+def measure(config, plan, workers, own: dict[str, str]) -> None:
+    import modelzoo
+    from apps.training.config_schema import RunConfig
+    from apps.training.devices import open_device
+    from apps.training.programs import make_program, require_artifact
+    from benchmarks.step_speed import batch, synchronize
+
+    began = time.perf_counter()
+    device = open_device(plan.spec.device["kind"], config, workers)
+    model = modelzoo.build_model(plan.model_config, device=device, dtype=config.model.dtype, seed=1)
+    program = make_program(config, plan, require_artifact(config, plan), model, workers)
+    data, table = batch(plan, device), hyperparameters(plan, model, device)
+    data["grad_scale"] /= workers.world_size
+
+    def step() -> None:
+        program.train_step([data], table, None)
+        synchronize(device)
+
+    times = [timed(step) for _ in range(3 + int(own["steps"]))]
+    middle = slowest(statistics.median(times[3:]), workers, device)
+    tokens = plan.spec.batch_size * plan.spec.max_seq_length * workers.world_size
+    line = {"workers": workers.world_size, "ms": round(middle * 1e3, 2), "tokens_per_s": round(tokens / middle)}
+    line |= {"start_and_first_step_s": round(times[0] + time.perf_counter() - began - sum(times), 2)}
+    if int(own["save"]):
+        line |= saving(program, model, workers, step, middle)
+    if own["trace"]:
+        object.__setattr__(config, "run", RunConfig(cuda_graph="off"))
+        trace(make_program(config, plan, require_artifact(config, plan), model, workers), data, table, own["trace"])
+    if workers.is_first:
+        print(json.dumps(line), flush=True)
+
+
+def hyperparameters(plan, model, device):
+    from apps.training.hyperparameters import hyperparameter_table
+    from backends.precision import as_torch, at_least_float32
+
+    optimizer, dtype = type(plan.optimizer), as_torch(at_least_float32(plan.precision.parameters))
+    settings = optimizer.Config(lr=1e-4)
+    return hyperparameter_table(list(model.parameters()), optimizer, settings, step=1, lr=1e-4, dtype=dtype).to(device)
+
+
+def timed(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def slowest(seconds: float, workers, device) -> float:
+    """The longest of all workers' times."""
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor([seconds], dtype=torch.float64, device=device)
+    if workers.device_group is not None:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=workers.device_group)
+    return float(value)
+
+
+def saving(program, model, workers, step: Callable[[], None], usual: float) -> dict[str, float]:
+    """What ten steps with one checkpoint in them take beyond ten without, the checkpoint's writing included."""
+    from apps.training.checkpointing.writer import CheckpointWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        shared = Path(workers.broadcast_text(folder))
+        writer = CheckpointWriter(shared, rank=workers.rank, world_size=workers.world_size)
+        lost = []
+        for number in range(1, 4):  # the first one also allocates what the others take over
+            began = time.perf_counter()
+            for index in range(10):
+                step()
+                if index == 2:
+                    writer.snapshot(number, model, program)
+                    writer.write({}, [], [])
+            with_saving = time.perf_counter() - began
+            written = timed(writer.wait)
+            without = timed(lambda: [step() for _ in range(10)])
+            lost.append((with_saving - without) / usual)
+        workers.barrier()
+    return {
+        "save_lost_steps": round(lost[-1], 3),
+        "save_first_lost_steps": round(lost[0], 3),
+        "wait_s": round(written, 2),
+    }
+
+
+def trace(program, data, table, path: str) -> None:
+    """The profiler's trace of two steps, by the first worker."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        program.train_step([data], table, None)
+    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        for _ in range(2):
+            program.train_step([data], table, None)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        profiler.export_chrome_trace(path)
+
+
+if __name__ == "__main__":
+    main()
