@@ -20,12 +20,14 @@ from apps.training.config import to_mapping
 from apps.training.config_schema import TrainConfig
 from apps.training.data.storage import Dataset
 from apps.training.files import require_writable
+from apps.training.optimizers import load as load_optimizer
 from apps.training.outcome import Outcome
 from apps.training.reporting.output_folder import require_room
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.step_plan import StepPlan
 from apps.training.workers.group import Workers
 from backends.errors import UserError
+from backends.precision import BITS
 
 
 def run_identity(config: TrainConfig, plan: StepPlan, dataset: Dataset, rows_per_step: int) -> dict[str, Any]:
@@ -89,7 +91,7 @@ class Saver:
         workers: Workers,
         last_step: int,
     ) -> None:
-        self.model, self.program, self.last_step = model, program, last_step
+        self.config, self.model, self.program, self.last_step = config, model, program, last_step
         self.is_first, self.overwrite = workers.is_first, config.training.overwrite_output_dir
         self.folder, self.settings = save_folder(config), config.checkpoint
         self.state = {"settings": to_mapping(config), "run": dict(identity)}
@@ -108,11 +110,12 @@ class Saver:
 
     @property
     def nbytes(self) -> int:
-        """About what one checkpoint takes on the disk; 0 when none is saved."""
-        if self._writer is None:
-            return 0
-        tensors = [*self.model.parameters(), *self.program.optimizer_state().values()]
-        return sum(tensor.nbytes for tensor in tensors)
+        """About what one checkpoint takes on the disk: weights, moments and masters of all workers."""
+        precision = self.config.precision
+        moments = len(load_optimizer(self.config.optimizer.name).state_names)
+        bits = BITS[precision.parameters] + moments * BITS[precision.moments]
+        bits += 0 if precision.master == "none" else BITS[precision.master]
+        return sum(parameter.numel() for parameter in self.model.parameters()) * bits // 8
 
     def start(self, resumed_step: int) -> None:
         """Make sure that checkpoints can be written; take away what a killed run left. Call it under the run's lock.
