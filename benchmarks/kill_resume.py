@@ -68,8 +68,9 @@ def run_killed(
     chance, total, done = random.Random(seed), len(rows(whole)), []
     for number in range(kills):
         process = start(prefix, settings, output)
-        # Far enough apart on average that the run ends with the last kill, and any distance between.
-        target = min(total - 1, newest_step(output) + chance.randint(1, max(2, 2 * total // (kills + 1))))
+        # Any distance, and on average such that the last kill comes near the end.
+        newest = newest_step(output)
+        target = newest + chance.randint(1, max(1, 2 * (total - newest) // (kills - number + 1)))
         saving = number % 2 == 1
         try:
             wait_until(partial(has_row, output, target, set(rows_text(output))), process, output)
