@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 if not __package__:  # started as a file: make the repository importable from wherever we were started
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from apps.training.checkpointing.resume import resumed_settings, run_folders, save_folder
+from apps.training.checkpointing.resume import goes_on_in_place, resumed_settings, run_folders
 from apps.training.cli import INTERRUPTED, run_main
 from apps.training.config import parse, to_yaml
 from apps.training.config_schema import TrainConfig
 from apps.training.reporting.output_folder import METRICS, MetricsFile, require_free, require_room, start_run
-from apps.training.workers.launch import find_launch
+from apps.training.workers.launch import find_launch, own_gpu
 from backends.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,17 +76,17 @@ def compile_step(config: TrainConfig) -> int:
 def train(config: TrainConfig, checkpoint: Path | None) -> int:
     """Open the run's workers, of which this process is one; a failure of any ends the whole job."""
     output, settings = Path(config.training.output_dir), config.training
-    goes_on_here = checkpoint is not None and checkpoint.parent.resolve() == save_folder(config).resolve()
-    overwrite = settings.overwrite_output_dir or goes_on_here
+    overwrite = settings.overwrite_output_dir or goes_on_in_place(config, checkpoint)
     require_free(output, overwrite=overwrite, unfinished=settings.resume == "auto")
 
     from apps.training.lock import locked
     from apps.training.step_plan import plan_step
     from apps.training.workers.group import open_workers
 
+    launch = own_gpu(find_launch())
     plan = plan_step(config)
     with (
-        open_workers(find_launch(), device_type=plan.spec.device["kind"], timeout=settings.worker_timeout) as workers,
+        open_workers(launch, device_type=plan.spec.device["kind"], timeout=settings.worker_timeout) as workers,
         locked(run_folders(config)) if workers.is_first else nullcontext(),
     ):
         return train_as_worker(config, plan, checkpoint, workers)
@@ -137,8 +137,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     )
     loader.check()
     count = count_steps(loader.steps_per_epoch, num_epochs=settings.num_epochs, max_steps=settings.max_steps)
-    rows = f"{dataset.num_train_rows:,} train rows ({loader.unused_rows} left over in each epoch, others every time)"
-    print(f"Dataset: {dataset.folder}, {rows}, {dataset.num_dev_rows:,} dev rows")
+    print(f"Dataset: {loader.description()}")
     print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}")
     print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
     if resumed.step >= count.total:

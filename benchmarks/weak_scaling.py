@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,13 +28,14 @@ def main() -> None:
     from apps.training.config import parse
     from apps.training.step_plan import plan_step
     from apps.training.workers.group import open_workers
-    from apps.training.workers.launch import find_launch
+    from apps.training.workers.launch import find_launch, own_gpu
 
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     own = {name: given.pop(name, default) for name, default in OWN.items()}
     config = parse(["command=run", *(f"{key}={value}" for key, value in given.items())])
+    launch = own_gpu(find_launch())
     plan = plan_step(config)
-    with open_workers(find_launch(), device_type=plan.spec.device["kind"], timeout=120) as workers:
+    with open_workers(launch, device_type=plan.spec.device["kind"], timeout=120) as workers:
         measure(config, plan, workers, own)
 
 
@@ -51,17 +53,24 @@ def measure(config, plan, workers, own: dict[str, str]) -> None:
     data, table = batch(plan, device), hyperparameters(plan, model, device)
     data["grad_scale"] /= workers.world_size
 
-    def step() -> None:
-        program.train_step([data], table, None)
+    def steps(count: int, after_third: Callable[[], None] = lambda: None) -> float:
+        """Seconds of `count` steps. As in training, the host runs ahead of the device."""
         synchronize(device)
+        began = time.perf_counter()
+        for index in range(count):
+            program.train_step([data], table, None)
+            if index == 2:
+                after_third()
+        synchronize(device)
+        return time.perf_counter() - began
 
-    times = [timed(step) for _ in range(3 + int(own["steps"]))]
+    times = [steps(1) for _ in range(3 + int(own["steps"]))]
     middle = slowest(statistics.median(times[3:]), workers, device)
     tokens = plan.spec.batch_size * plan.spec.max_seq_length * workers.world_size
     line = {"workers": workers.world_size, "ms": round(middle * 1e3, 2), "tokens_per_s": round(tokens / middle)}
     line |= {"start_and_first_step_s": round(times[0] + time.perf_counter() - began - sum(times), 2)}
     if int(own["save"]):
-        line |= saving(program, model, workers, step, middle)
+        line |= saving(program, model, workers, steps, middle)
     if own["trace"]:
         object.__setattr__(config, "run", RunConfig(cuda_graph="off"))
         trace(make_program(config, plan, require_artifact(config, plan), model, workers), data, table, own["trace"])
@@ -78,12 +87,6 @@ def hyperparameters(plan, model, device):
     return hyperparameter_table(list(model.parameters()), optimizer, settings, step=1, lr=1e-4, dtype=dtype).to(device)
 
 
-def timed(step: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
-
-
 def slowest(seconds: float, workers, device) -> float:
     """The longest of all workers' times."""
     import torch
@@ -95,31 +98,28 @@ def slowest(seconds: float, workers, device) -> float:
     return float(value)
 
 
-def saving(program, model, workers, step: Callable[[], None], usual: float) -> dict[str, float]:
-    """What ten steps with one checkpoint in them take beyond ten without, the checkpoint's writing included."""
+def saving(program, model, workers, steps: Callable[..., float], usual: float) -> dict[str, float]:
+    """What ten steps with one checkpoint in them take beyond ten without; it is written while they run."""
     from apps.training.checkpointing.writer import CheckpointWriter
 
     with tempfile.TemporaryDirectory() as folder:
-        shared = Path(workers.broadcast_text(folder))
-        writer = CheckpointWriter(shared, rank=workers.rank, world_size=workers.world_size)
+        writer = CheckpointWriter(
+            Path(workers.broadcast_text(folder)), rank=workers.rank, world_size=workers.world_size
+        )
+
+        def save(number: int) -> None:
+            writer.snapshot(number, model, program)
+            writer.write({}, [], [])
+
         lost = []
-        for number in range(1, 4):  # the first one also allocates what the others take over
+        for number in range(1, 6):  # the first one also allocates what the others take over
+            lost.append((steps(10, after_third=partial(save, number)) - steps(10)) / usual)
             began = time.perf_counter()
-            for index in range(10):
-                step()
-                if index == 2:
-                    writer.snapshot(number, model, program)
-                    writer.write({}, [], [])
-            with_saving = time.perf_counter() - began
-            written = timed(writer.wait)
-            without = timed(lambda: [step() for _ in range(10)])
-            lost.append((with_saving - without) / usual)
+            writer.wait()
+            waited = time.perf_counter() - began
         workers.barrier()
-    return {
-        "save_lost_steps": round(lost[-1], 3),
-        "save_first_lost_steps": round(lost[0], 3),
-        "wait_s": round(written, 2),
-    }
+    middle = statistics.median(lost[1:])
+    return {"save_lost_steps": round(middle, 3), "first": round(lost[0], 3), "then_waited_s": round(waited, 2)}
 
 
 def trace(program, data, table, path: str) -> None:

@@ -14,10 +14,9 @@ from backends.errors import UserError
 
 
 def open_device(kind: str, config: TrainConfig, workers: Workers) -> torch.device:
-    """The device of that kind ("cpu" or "cuda"), of its own for each worker of the host; sets threads and determinism.
+    """The device of that kind ("cpu" or "cuda", see `own_gpu`); sets threads and determinism.
 
     CPU threads: run.num_threads, or what OMP_NUM_THREADS says, or for several workers an equal share of the cores.
-    Raises UserError when there are fewer GPUs than workers.
     """
     num_threads = config.run.num_threads
     if num_threads is None and workers.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -27,16 +26,12 @@ def open_device(kind: str, config: TrainConfig, workers: Workers) -> torch.devic
     if kind == "cpu":
         _keep_memory()
         return torch.device("cpu")
-    if workers.local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"Each worker needs a GPU of its own; this host has {torch.cuda.device_count()} and "
-            f"{workers.local_world_size} workers. Start fewer on it, or use compile.arch=cpu."
-        )
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
         torch.use_deterministic_algorithms(True)
-    torch.cuda.set_device(workers.local_rank)
-    return torch.device("cuda", workers.local_rank)
+    if not torch.cuda.is_available():
+        raise UserError("compile.arch=cuda needs a CUDA device, and this worker has none. Use compile.arch=cpu.")
+    return torch.device("cuda", 0)
 
 
 def _keep_memory() -> None:

@@ -162,3 +162,8 @@ def run_folders(config: TrainConfig) -> dict[str, Path]:
     """The folders a run writes to, by the setting that names them."""
     folders = {"training.output_dir": Path(config.training.output_dir)}
     return folders | ({"checkpoint.save_path": save_folder(config)} if config.checkpoint.save else {})
+
+
+def goes_on_in_place(config: TrainConfig, checkpoint: Path | None) -> bool:
+    """Whether `checkpoint` is this run's own: the output folder then holds the same run, up to where it was ended."""
+    return checkpoint is not None and checkpoint.parent.resolve() == save_folder(config).resolve()

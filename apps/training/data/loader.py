@@ -66,6 +66,12 @@ class TrainLoader:
         """Rows left over at the end of an epoch; others each time, as the order changes."""
         return self.dataset.num_train_rows % self.rows_per_step
 
+    def description(self) -> str:
+        """The dataset in a line, for the screen."""
+        left_over = f"({self.unused_rows} left over in each epoch, others every time)"
+        rows = f"{self.dataset.num_train_rows:,} train rows {left_over}, {self.dataset.num_dev_rows:,} dev rows"
+        return f"{self.dataset.folder}, {rows}"
+
     def row_numbers(self, batch: int) -> np.ndarray:
         """The dataset rows of this worker's batch number `batch`, int64 [batch_size]."""
         step, micro = divmod(batch, self.accumulation)

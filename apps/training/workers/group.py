@@ -207,7 +207,7 @@ def _open_groups(
     patience = timedelta(seconds=2 * timeout + 60)
     device = None
     if device_type == "cuda":
-        device = torch.device("cuda", launch.local_rank)
+        device = torch.device("cuda", 0)  # see devices.own_gpu
         torch.cuda.set_device(device)
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(

@@ -107,6 +107,8 @@ class Job:
                 f"memory; last heard of at: {one.what}.",
                 1,
             )
+        if len(self.workers) < self.world_size and since < AGREEMENT:
+            return None  # those who are still on their way shall hear it
         said = [worker.failure for _, worker in self.troubles if worker.failure["said"]]  # type: ignore[index]
         if said:
             return Verdict("", said[0]["code"])  # type: ignore[index]

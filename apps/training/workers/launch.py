@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from backends.errors import UserError
@@ -120,3 +120,25 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int | None:
         tasks += [int(count)] * int(times or 1)
     node = int(environ.get("SLURM_NODEID", "0"))
     return tasks[node] if node < len(tasks) else None
+
+
+def own_gpu(launch: Launch, environment: MutableMapping[str, str] = os.environ) -> Launch:
+    """Let this worker see one GPU of its host, its own; returns `launch`. Call it before anything looks at the GPUs.
+
+    An artifact's code is for the first GPU a process sees. A launcher that has shared them out is left alone. Raises
+    UserError when the variable CUDA_VISIBLE_DEVICES lists fewer GPUs than the host has workers.
+    """
+    if launch.local_world_size == 1:
+        return launch
+    given = environment.get("CUDA_VISIBLE_DEVICES")
+    visible = None if given is None else given.split(",")
+    if visible is not None and len(visible) > 1:
+        if len(visible) < launch.local_world_size:
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={given} has {len(visible)} GPUs for {launch.local_world_size} workers of this "
+                "host. Start fewer workers on it, list more GPUs, or use compile.arch=cpu."
+            )
+        environment["CUDA_VISIBLE_DEVICES"] = visible[launch.local_rank]
+    elif visible is None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(launch.local_rank)
+    return launch

@@ -103,6 +103,8 @@ class Lifeline:
                 if where == machine() and pid != os.getpid():
                     with suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
+            if self.rank:
+                time.sleep(0.2)
             end_now(message["end"])
 
     def _lost_contact(self) -> NoReturn:

@@ -96,7 +96,7 @@ def _open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meeti
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=2,  # the real one, whatever sys.stderr is
-        pass_fds=[listener.fileno()],
+        pass_fds=[listener.fileno(), *([int(os.environ["PMI_FD"])] if "PMI_FD" in os.environ else [])],
         start_new_session=True,
     )
     told = {

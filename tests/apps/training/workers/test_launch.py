@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apps.training.workers.launch import VARIABLES, Launch, find_launch, slurm_address
+from apps.training.workers.launch import VARIABLES, Launch, find_launch, own_gpu, slurm_address
 from backends.errors import UserError
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -111,3 +111,25 @@ def test_a_slurm_step_meets_on_its_first_host(nodes: str, host: str) -> None:
 def test_two_steps_of_a_job_meet_apart() -> None:
     ports = {slurm_address({"SLURM_JOB_ID": "9", "SLURM_STEP_ID": str(step)})[1] for step in range(8)}
     assert len(ports) == 8
+
+
+@pytest.mark.parametrize(
+    ("visible", "local", "expected"),
+    [
+        (None, (1, 2), "1"),
+        ("2,5", (1, 2), "5"),
+        ("GPU-8f,GPU-1a", (0, 2), "GPU-8f"),
+        ("3", (1, 2), "3"),  # the launcher gave each worker one
+        (None, (0, 1), None),
+        ("2,5", (0, 1), "2,5"),
+    ],
+)
+def test_each_worker_of_a_host_sees_one_gpu(visible: str | None, local: tuple[int, int], expected: str | None) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    own_gpu(Launch(rank=local[0], world_size=2, local_rank=local[0], local_world_size=local[1]), environment)
+    assert environment.get("CUDA_VISIBLE_DEVICES") == expected
+
+
+def test_more_workers_than_gpus_are_refused() -> None:
+    with pytest.raises(UserError, match="has 2 GPUs for 3 workers"):
+        own_gpu(Launch(rank=2, world_size=3, local_rank=2, local_world_size=3), {"CUDA_VISIBLE_DEVICES": "0,1"})
