@@ -189,8 +189,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     if workers.is_first:
         start_run(output, to_yaml(config))
     with StopRequest() as stop:
-        is_finite = take_steps(config, trainer, loader, outcome, saver, stop)
-        if not is_finite:
+        if not take_steps(config, trainer, loader, outcome, saver, stop):
             return LOSS_NOT_FINITE
         if workers.is_first:
             save_outcome(output, outcome, model, dataset, config, sample=not stop.requested)
