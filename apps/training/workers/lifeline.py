@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from apps.training.workers.watch import BEAT, FAREWELL
 from backends.errors import UserError
 
+AFTER_THE_FIRST = 0.2  # seconds: worker 0's exit code is the job's, not that of a worker its launcher kills
 LONGEST_TRACE = 32_000  # characters of a traceback
 
 
@@ -103,8 +104,8 @@ class Lifeline:
                 if where == machine() and pid != os.getpid():
                     with suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
-            if self.rank:
-                time.sleep(0.2)
+            if self.rank != 0:
+                time.sleep(AFTER_THE_FIRST)
             end_now(message["end"])
 
     def _lost_contact(self) -> NoReturn:

@@ -96,7 +96,7 @@ def _open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meeti
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=2,  # the real one, whatever sys.stderr is
-        pass_fds=[listener.fileno(), *([int(os.environ["PMI_FD"])] if "PMI_FD" in os.environ else [])],
+        pass_fds=[listener.fileno(), *_mpich_line()],
         start_new_session=True,
     )
     told = {
@@ -113,6 +113,17 @@ def _open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meeti
     port = listener.getsockname()[1]
     listener.close()
     return Meeting(["127.0.0.1"] if launch.on_one_host else _own_hosts(given_host), port, token)
+
+
+def _mpich_line() -> list[int]:
+    """This worker's line to MPICH's mpirun, which kills all workers when it closes: the watch holds it open a bit longer,
+    so that this worker's own exit code arrives first."""
+    number = os.environ.get("PMI_FD", "")
+    try:
+        os.fstat(int(number))
+    except (ValueError, OSError):
+        return []
+    return [int(number)]
 
 
 _WATCHES: list[subprocess.Popen[bytes]] = []  # its standard input stays open as long as this process lives

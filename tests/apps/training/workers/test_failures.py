@@ -47,7 +47,7 @@ def test_a_stopped_worker_is_named_within_the_timeout_and_nothing_is_left_of_the
 
 
 def alive_with(marker: str) -> list[str]:
-    """Command lines of processes, workers or watch, that have `marker` in their environment; none where /proc is not."""
+    """Command lines of processes, workers or watch, that have `marker` in their environment (none without /proc)."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -158,6 +158,15 @@ def test_what_has_been_said_is_not_said_again() -> None:
     assert (text(job), job.verdict().code) == ("", 2)  # type: ignore[union-attr]
 
 
+def test_workers_on_their_way_are_waited_for_a_moment_to_hear_it() -> None:
+    job = job_of(2, up=1)
+    job.hear(0, failure("No such file.", code=2, said=True))
+    job.advance(AGREEMENT / 2)
+    assert job.verdict() is None
+    job.advance(AGREEMENT / 2 + 0.1)
+    assert job.verdict() is not None
+
+
 def test_an_interrupt_is_no_error() -> None:
     job = job_of(2)
     job.hear(1, failure("interrupted", code=130))
