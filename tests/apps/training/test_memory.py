@@ -1,12 +1,21 @@
 """The memory check: its arithmetic, what it reads of the system, and the line a user sees."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from apps.training import memory
-from apps.training.memory import GIB, MemoryEstimate, available_memory, eager_activations, estimate, require_memory
+from apps.training.memory import (
+    GIB,
+    MemoryEstimate,
+    available_memory,
+    eager_activations,
+    estimate,
+    of_one_worker,
+    require_memory,
+)
 from backends.errors import UserError
 from backends.precision import resolve
 
@@ -17,6 +26,13 @@ def test_the_parts_follow_the_precision_policy() -> None:
     assert needed.total == 16007
     wide = estimate(1000, resolve("bfloat16", master="none"), state_tensors=1, activations=0, wide_gradients=True)
     assert wide == MemoryEstimate(parameters=2000, masters=0, moments=4000, gradients=4000, activations=0)
+
+
+def test_workers_sum_in_float32_and_share_masters_and_moments_if_told() -> None:
+    whole = estimate(1000, resolve("bfloat16"), state_tensors=2, activations=7, wide_gradients=False)
+    assert of_one_worker(whole, 1000, 1, shards=True) == whole
+    assert of_one_worker(whole, 1000, 4, shards=False) == replace(whole, gradients=4000)
+    assert of_one_worker(whole, 1000, 4, shards=True) == replace(whole, gradients=4000, masters=1000, moments=2000)
 
 
 def test_eager_activations_grow_with_the_batch_and_hold_the_logits() -> None:

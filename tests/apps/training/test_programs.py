@@ -13,6 +13,7 @@ from apps.training.eager_program import EagerProgram
 from apps.training.models import load_weights
 from apps.training.programs import make_program, require_artifact, run_memory
 from apps.training.step_plan import StepPlan, plan_step
+from apps.training.workers.group import Workers
 from backends.errors import UserError
 from compiled.artifact import Artifact, Nearest
 from compiled.spec import FieldDifference
@@ -40,7 +41,7 @@ def test_the_eager_twin_needs_no_artifact_and_updates_the_model_it_is_given(
 
     model = load_weights(config, plan.model_config, torch.device("cpu"))
     assert require_artifact(eager(config), plan) is None
-    program = make_program(eager(config), plan, None, model)
+    program = make_program(eager(config), plan, None, model, Workers.solo())
     assert isinstance(program, EagerProgram)
     assert program.model is model
 
@@ -70,8 +71,8 @@ def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
     cost, state = {"activation_bytes": 1000, "head_bytes": 24}, {"state": ["exp_avg", "exp_avg_sq"]}
     artifact = Artifact(Path("a.substrate"), {"cost": cost, "optimizer": state, "parameters": parameters})
-    needed = run_memory(config, plan, artifact)
+    needed = run_memory(config, plan, artifact, 1)
     assert needed.activations == 1024
     assert needed.parameters == needed.gradients == 4 * parameters
     assert needed.moments == 8 * parameters
-    assert run_memory(eager(config), plan, None).activations > 0
+    assert run_memory(eager(config), plan, None, 1).activations > 0
