@@ -113,10 +113,12 @@ class EagerProgram:
 
     @torch.no_grad()
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `optimizer_state()` gave, so that the next step continues exactly."""
+        """Take over what `optimizer_state()` gave, so that the next step continues exactly; the model is loaded."""
         for name, weight in self.weights.items():
             if self.has_masters:
                 weight.copy_(tensors[f"{name}.master"])
+            elif weight is not self.parameters[name]:
+                weight.copy_(self.parameters[name])
             keys = (*AdamW.state_names, "step")
             self.optimizer.state[weight] = {key: tensors[f"{name}.{key}"].clone() for key in keys}
 

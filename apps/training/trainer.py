@@ -127,14 +127,15 @@ class Trainer:
         *,
         pause_after: Callable[[int], bool],
         should_stop: Callable[[], bool],
-        on_queued: Callable[[int], None] = lambda step: None,
+        on_queued: Callable[[int], bool | None] = lambda step: None,
     ) -> Iterator[StepRecord]:
         """Run the steps and yield each one's record.
 
         `on_queued(step)` is called when the device has been given the step and nothing after it: what is queued there
-        sees the model exactly at that step. After a step for which `pause_after(step)` is true, its record is yielded
-        before the next step is queued, and the time until the generator is resumed counts for no step. Ends early,
-        after a whole step and the same one on every worker, when `should_stop()` says so on any. Raises NonFiniteLoss.
+        sees the model exactly at that step; when it returns true, the step's record is yielded before the next step is
+        queued. So it is after a step for which `pause_after(step)` is true, and there the time until the generator is
+        resumed counts for no step. Ends early, after a whole step and the same one on every worker, when
+        `should_stop()` says so on any. Raises NonFiniteLoss.
         """
         supply = iter(rows)
         waiting: list[_Queued] = []
@@ -144,8 +145,8 @@ class Trainer:
             if queued is None:
                 break
             waiting.append(queued)
-            on_queued(step)
-            settle = self.device.type == "cpu" or step == self.last_step or pause_after(step)
+            is_wanted = bool(on_queued(step))
+            settle = self.device.type == "cpu" or step == self.last_step or is_wanted or pause_after(step)
             while len(waiting) > (0 if settle else 1):
                 record = waiting.pop(0).record(begin)
                 begin = time.perf_counter()

@@ -122,6 +122,8 @@ class Saver:
 
         UserError when they cannot, or when later checkpoints of another run lie there.
         """
+        if (self.folder / f"iter_{resumed_step}").exists():
+            self._saved_step = resumed_step
         if self._writer is None or not self.is_first:
             return
         require_writable(self.folder, "checkpoint.save_path")
@@ -130,10 +132,16 @@ class Saver:
         clean(self.folder)
         remove_later(self.folder, resumed_step)
 
-    def on_queued(self, step: int) -> None:
-        """The device has been given `step` and nothing behind it: copy it, if it is to be saved."""
-        if self._writer is not None and self._is_saved(step):
-            self._writer.snapshot(step, self.model, self.program)
+    def on_queued(self, step: int) -> bool:
+        """The device has been given `step` and nothing behind it: copy it, if it is to be saved.
+
+        Returns whether its numbers are needed before the next step is queued: that one is saved too, and there is
+        memory for one copy.
+        """
+        if self._writer is None or not self._is_saved(step):
+            return False
+        self._writer.snapshot(step, self.model, self.program)
+        return self._is_saved(step + 1)
 
     def on_record(self, step: int, outcome: Outcome) -> None:
         """The numbers of `step` are there: write what was copied of it."""
@@ -160,7 +168,7 @@ class Saver:
         """Say where the last checkpoint lies. UserError when it could not be written."""
         if self._failure is not None:
             raise self._failure
-        if self._saved_step:
+        if self._writer is not None and self._saved_step:
             print(f"Checkpoint to go on from saved at {self.folder}/iter_{self._saved_step}/", flush=True)
 
     def _is_saved(self, step: int) -> bool:

@@ -150,6 +150,15 @@ def test_what_is_copied_behind_a_queued_step_sees_no_later_one() -> None:
     assert seen == [(step, step) for step in range(1, 6)]
 
 
+def test_numbers_that_are_wanted_come_before_the_next_step_is_queued() -> None:
+    """Two steps in a row are saved: the first has to be written before the second is copied."""
+    program, seen = Noted(), []
+    loop = trainer(program, 5, device="meta")
+    for record in loop.steps(endless_rows(), pause_after=never, should_stop=never, on_queued=lambda step: step == 3):
+        seen.append((record.step, len(program.microbatches)))
+    assert seen == [(1, 2), (2, 3), (3, 3), (4, 5), (5, 5)]
+
+
 class OneOfTwo(Workers):
     """Its sister counts as much as it does, and asks to stop before step `sister_stops`."""
 
