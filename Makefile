@@ -1,4 +1,5 @@
 # make demo    a dataset, an artifact, a trained model and its text, from nothing
+# make demo-dp two workers on this machine: the demo's artifact and dataset, the losses of one worker
 # make test    the tests;  make check: lint, types, tests
 # make clean   back to a fresh clone; runs and artifacts under outputs/ stay, except the demo's
 #
@@ -8,7 +9,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := demo
-.PHONY: demo test check lint types clean
+.PHONY: demo demo-dp test check lint types clean
 
 VENV ?= .venv
 ifndef PYTHON
@@ -64,6 +65,20 @@ demo: $(INSTALLED)
 	@echo "Model      $(DEMO)/run, a folder that plain transformers opens"
 	@echo "Report     $(DEMO)/run/report.html"
 	@grep -E '^(Evaluation loss|Unigram entropy)' $(DEMO)/run/summary.txt
+
+# Two workers with 8 rows each, and one worker with two microbatches of 8: the same artifact, the same steps.
+MPIRUN := $(if $(VENV),$(VENV)/bin/mpirun,mpirun)
+DP_STEPS := $$(( $(DEMO_STEPS) < 100 ? $(DEMO_STEPS) : 100 ))
+DP_SETTINGS = $(DEMO_SETTINGS) training.dataset=$(DEMO)/dataset training.global_batch_size=16 training.max_steps=$(DP_STEPS) \
+	optimizer.lr=2e-3 schedule.warmup_steps=30 logging.every=20 training.overwrite_output_dir=true training.evaluate=false
+
+demo-dp: $(INSTALLED)
+	@ls $(DEMO)/artifacts/*.substrate $(DEMO)/dataset >/dev/null 2>&1 || $(MAKE) demo
+	$(MPIRUN) -np 2 $(PY) apps/train_llm.py command=run $(DP_SETTINGS) training.output_dir=$(DEMO)/two-workers
+	$(PY) apps/train_llm.py command=run $(DP_SETTINGS) training.output_dir=$(DEMO)/one-worker
+	@echo
+	@echo "Loss of the last step, two workers   $$(tail -n 1 $(DEMO)/two-workers/per_step_metrics.csv | cut -d, -f2)"
+	@echo "Loss of the last step, one worker    $$(tail -n 1 $(DEMO)/one-worker/per_step_metrics.csv | cut -d, -f2)"
 
 test: $(INSTALLED_DEV)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -q

@@ -116,8 +116,10 @@ def _open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meeti
 
 
 def _mpich_line() -> list[int]:
-    """This worker's line to MPICH's mpirun, which kills all workers when it closes: the watch holds it open a bit longer,
-    so that this worker's own exit code arrives first."""
+    """This worker's line to MPICH's mpirun, which kills all workers when it closes.
+
+    The watch holds it open a bit longer, so that this worker's own exit code arrives first.
+    """
     number = os.environ.get("PMI_FD", "")
     try:
         os.fstat(int(number))
