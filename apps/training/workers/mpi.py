@@ -26,7 +26,7 @@ def broadcast(launch: Launch, message: Any) -> Any:
     """
     if launch.launcher == "openmpi":
         os.environ.setdefault("MPI4PY_MPIABI", "openmpi")
-        os.environ.setdefault("MPI4PY_LIBMPI", os.pathsep.join(_openmpi_libraries()))
+        os.environ.setdefault("MPI4PY_LIBMPI", os.pathsep.join(openmpi_libraries()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a suspicious environment: what is wrong with it is checked below
@@ -54,7 +54,7 @@ def broadcast(launch: Launch, message: Any) -> Any:
     return answer
 
 
-def _openmpi_libraries() -> list[str]:
+def openmpi_libraries() -> list[str]:
     """Where the library of the Open MPI that started this process may lie, the surest place first."""
     programs = [Path(f"/proc/{os.getppid()}/exe").resolve()]  # mpirun, orted or prted, unless a shell stands between
     programs += [Path(found).resolve() for name in ("orted", "prted", "ompi_info") if (found := shutil.which(name))]

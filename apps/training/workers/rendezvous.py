@@ -41,16 +41,14 @@ def join(launch: Launch, *, timeout: float, with_store: bool = True) -> tuple[Li
     if "MASTER_ADDR" in os.environ or launch.launcher == "slurm":
         store = _given_store(launch, timeout, os.environ)
         if launch.is_first:
-            store.set(
-                "substrate/watch", json.dumps(asdict(_open_watch(launch, timeout, os.environ.get("MASTER_ADDR"))))
-            )
+            store.set("substrate/watch", json.dumps(asdict(open_watch(launch, timeout, os.environ.get("MASTER_ADDR")))))
         meeting = Meeting(**json.loads(store.get("substrate/watch")))
         return _lifeline(launch, meeting, timeout), store
 
     opened: TCPStore | None = None
     mine = None
     if launch.is_first:
-        mine = _open_watch(launch, timeout, None)
+        mine = open_watch(launch, timeout, None)
         if with_store:
             opened = _tcp_store(mine.hosts[0], 0, launch, timeout)
             mine = Meeting(mine.hosts, mine.watch_port, mine.token, opened.port)
@@ -87,7 +85,7 @@ def _tcp_store(host: str, port: int, launch: Launch, timeout: float) -> TCPStore
     return TCPStore(host, port, launch.world_size, launch.is_first, timedelta(seconds=timeout), wait_for_workers=False)
 
 
-def _open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meeting:
+def open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meeting:
     """Start the watch beside this process: a session of its own, our stderr."""
     listener = socket.create_server(("127.0.0.1" if launch.on_one_host else "", 0), backlog=launch.world_size)
     token = secrets.token_hex(16)
@@ -96,7 +94,7 @@ def _open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meeti
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=2,  # the real one, whatever sys.stderr is
-        pass_fds=[listener.fileno(), *_mpich_line()],
+        pass_fds=[listener.fileno(), *mpich_line()],
         start_new_session=True,
     )
     told = {
@@ -112,10 +110,10 @@ def _open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meeti
     _WATCHES.append(process)
     port = listener.getsockname()[1]
     listener.close()
-    return Meeting(["127.0.0.1"] if launch.on_one_host else _own_hosts(given_host), port, token)
+    return Meeting(["127.0.0.1"] if launch.on_one_host else own_hosts(given_host), port, token)
 
 
-def _mpich_line() -> list[int]:
+def mpich_line() -> list[int]:
     """This worker's line to MPICH's mpirun, which kills all workers when it closes.
 
     The watch holds it open a bit longer, so that this worker's own exit code arrives first.
@@ -131,7 +129,7 @@ def _mpich_line() -> list[int]:
 _WATCHES: list[subprocess.Popen[bytes]] = []  # its standard input stays open as long as this process lives
 
 
-def _own_hosts(given: str | None) -> list[str]:
+def own_hosts(given: str | None) -> list[str]:
     """Addresses under which other hosts may reach this one, the likeliest first."""
     hosts = [given] if given else []
     with suppress(OSError):  # a host that does not know its own name

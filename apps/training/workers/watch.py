@@ -48,9 +48,10 @@ class Connection:
             return None
         *complete, self.buffer = (self.buffer + data).split(b"\n")
         try:
-            return [json.loads(line) for line in complete]
+            lines = [json.loads(line) for line in complete]
         except ValueError:
             return None  # a stranger
+        return lines if all(isinstance(line, dict) for line in lines) else None
 
     def send(self, message: dict[str, Any]) -> None:
         with suppress(OSError):  # its end is seen when it is read
