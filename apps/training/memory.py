@@ -24,6 +24,7 @@ class MemoryEstimate:
     moments: int
     gradients: int
     activations: int
+    snapshot: int = 0  # of a checkpoint that is being written
 
     @property
     def total(self) -> int:
@@ -81,6 +82,12 @@ def of_one_worker(whole: MemoryEstimate, num_parameters: int, world_size: int, *
         moments=whole.moments // part,
         gradients=max(whole.gradients, num_parameters * 4),
     )
+
+
+def with_snapshot(needed: MemoryEstimate, world_size: int, *, shards: bool) -> MemoryEstimate:
+    """`needed` and a copy of what this worker saves: its share of the weights and of the optimizer's state."""
+    state = needed.masters + needed.moments
+    return replace(needed, snapshot=needed.parameters // world_size + (state if shards else state // world_size))
 
 
 def eager_activations(model_config: Any, precision: PrecisionPolicy, *, batch_size: int, seq_length: int) -> int:

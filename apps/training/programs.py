@@ -7,7 +7,14 @@ from typing import Any
 
 from apps.training.config_schema import TrainConfig
 from apps.training.eager_program import EagerProgram
-from apps.training.memory import MemoryEstimate, compiled_estimate, eager_activations, estimate, of_one_worker
+from apps.training.memory import (
+    MemoryEstimate,
+    compiled_estimate,
+    eager_activations,
+    estimate,
+    of_one_worker,
+    with_snapshot,
+)
 from apps.training.step_plan import StepPlan, compile_command
 from apps.training.trainer import Program
 from apps.training.workers.group import Workers
@@ -108,4 +115,7 @@ def run_memory(config: TrainConfig, plan: StepPlan, artifact: Artifact | None, w
             activations=eager_activations(plan.model_config, precision, batch_size=batch_size, seq_length=length),
             wide_gradients=several or BITS[precision.parameters] < BITS["float32"],
         )
-    return of_one_worker(whole, num_parameters, world_size, shards=training.shard_optimizer)
+    mine = of_one_worker(whole, num_parameters, world_size, shards=training.shard_optimizer)
+    if config.checkpoint.save and plan.spec.device["kind"] == "cpu":  # a GPU's goes to the host, which has more
+        return with_snapshot(mine, world_size, shards=training.shard_optimizer)
+    return mine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,7 @@ class Saver:
         last_step: int,
     ) -> None:
         self.config, self.model, self.program, self.last_step = config, model, program, last_step
+        self.workers = workers
         self.is_first, self.overwrite = workers.is_first, config.training.overwrite_output_dir
         self.folder, self.settings = save_folder(config), config.checkpoint
         self.state = {"settings": to_mapping(config), "run": dict(identity)}
@@ -140,6 +142,7 @@ class Saver:
         """
         if self._writer is None or not self._is_saved(step):
             return False
+        self._wait_for_disk()
         self._writer.snapshot(step, self.model, self.program)
         return self._is_saved(step + 1)
 
@@ -159,6 +162,7 @@ class Saver:
         if step > self._saved_step:
             self._writer.snapshot(step, self.model, self.program)
             self._write(step, outcome)
+        self._wait_for_disk()
         try:
             self._writer.wait()
         except UserError as error:
@@ -175,6 +179,12 @@ class Saver:
         steps = self.settings.save_steps
         chosen = step in steps if isinstance(steps, list) else step % steps == 0
         return chosen or step == self.last_step
+
+    def _wait_for_disk(self) -> None:
+        """Until the last checkpoint is written. A slow disk is no reason to end the job: the watch is told."""
+        while self._writer is not None and self._writer.is_writing:
+            self.workers.doing(f"writing the checkpoint of step {self._saved_step}")
+            time.sleep(0.01)
 
     def _write(self, step: int, outcome: Outcome) -> None:
         assert self._writer is not None

@@ -87,6 +87,11 @@ class CheckpointWriter:
         )
         self._thread.start()
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is on its way to the disk."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Wait until the last checkpoint is complete. Raises UserError when it could not be written."""
         if self._thread is not None:

@@ -15,6 +15,7 @@ from apps.training.memory import (
     estimate,
     of_one_worker,
     require_memory,
+    with_snapshot,
 )
 from backends.errors import UserError
 from backends.precision import resolve
@@ -33,6 +34,15 @@ def test_workers_sum_in_float32_and_share_masters_and_moments_if_told() -> None:
     assert of_one_worker(whole, 1000, 1, shards=True) == whole
     assert of_one_worker(whole, 1000, 4, shards=False) == replace(whole, gradients=4000)
     assert of_one_worker(whole, 1000, 4, shards=True) == replace(whole, gradients=4000, masters=1000, moments=2000)
+
+
+def test_a_checkpoint_being_written_is_a_copy_of_this_workers_share() -> None:
+    whole = estimate(1000, resolve("bfloat16"), state_tensors=2, activations=7, wide_gradients=False)
+    assert with_snapshot(whole, 1, shards=False).snapshot == 2000 + 4000 + 8000
+    assert with_snapshot(whole, 4, shards=False).snapshot == (2000 + 4000 + 8000) // 4
+    own = of_one_worker(whole, 1000, 4, shards=True)
+    assert with_snapshot(own, 4, shards=True).snapshot == 500 + 1000 + 2000
+    assert with_snapshot(whole, 1, shards=False).total == whole.total + 14000
 
 
 def test_eager_activations_grow_with_the_batch_and_hold_the_logits() -> None:
