@@ -1,5 +1,6 @@
 """Every command in the README runs, in the README's order, as a reader would type it."""
 
+import json
 import os
 import re
 import shlex
@@ -31,17 +32,49 @@ def test_the_readme_opens_with_the_two_commands() -> None:
     assert BLOCKS[0] == ("bash", "make demo\nmake test\n")
 
 
+def benchmarks() -> list[tuple[str, dict[str, str]]]:
+    """Script and settings of each benchmark in the README."""
+    blocks = [shlex.split(block.replace("\\\n", " ")) for language, block in BLOCKS if language == "text"]
+    assert all(python == "python" for python, *_ in blocks)
+    return [(script, dict(setting.split("=", 1) for setting in settings)) for _, script, *settings in blocks]
+
+
 def test_the_benchmarks_of_the_readme_have_settings_that_exist() -> None:
-    """They are not run here: they need a GPU, or an idle machine."""
-    benchmarks = [block for language, block in BLOCKS if language == "text"]
-    assert len(benchmarks) >= 2
-    for block in benchmarks:
-        python, script, *given = shlex.split(block.replace("\\\n", " "))
-        assert python == "python"
-        assert (ROOT / script).is_file()
+    assert len(benchmarks()) >= 2
+    for script, settings in benchmarks():
         own = import_module(f"benchmarks.{Path(script).stem}").OWN
-        settings = [argument for argument in given if argument.split("=")[0] not in own]
-        assert parse(["command=compile", *settings]).command == "compile"
+        given = [f"{key}={value}" for key, value in settings.items() if key not in own]
+        assert parse(["command=compile", *given]).command == "compile"
+
+
+@pytest.mark.slow
+def test_the_benchmarks_of_the_readme_run(tmp_path: Path) -> None:
+    """On a model of one block: the README's sizes are for a GPU, or for an idle machine."""
+    config = json.loads((ROOT / "benchmarks/cpu_model/config.json").read_text())
+    small = {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config | small))
+    dataset = f"input={ROOT}/README.md output_dir={tmp_path}/dataset max_seq_length=32 vocab_size=512"
+    python("apps/prepare_data.py", *dataset.split())
+    shape = {"checkpoint.config_name": str(tmp_path), "model.max_seq_length": "32"}
+    for script, settings in benchmarks():
+        own = import_module(f"benchmarks.{Path(script).stem}").OWN
+        quick = {"peers": "none", "steps": "3", "rounds": "1", "batch_size": "1"}
+        given = settings | shape | {key: value for key, value in quick.items() if key in own}
+        if "batch_size" in own:
+            given["training.dataset"] = f"{tmp_path}/dataset"
+        else:
+            given |= {"training.batch_size": "1", "compile.arch": "cpu"}
+            given |= {"compile.output_dir": f"{tmp_path}/artifacts"} if script.endswith("weak_scaling.py") else {}
+        arguments = [f"{key}={value}" for key, value in given.items()]
+        if script.endswith("weak_scaling.py"):  # takes the artifact that the sentence below it makes
+            python("apps/train_llm.py", "command=compile", *(a for a in arguments if a.split("=")[0] not in own))
+        assert re.search(r"tokens_per_s|two workers / one process", python(script, *arguments))
+
+
+def python(script: str, *arguments: str) -> str:
+    ended = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, f"{script} {arguments}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
+    return ended.stdout
 
 
 @pytest.mark.slow
@@ -54,7 +87,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         "DEMO_STEPS": "2",
     }
     for language, block in BLOCKS:
-        if language == "text":  # a benchmark, for another machine or an idle one
+        if language == "text":  # a benchmark, see above
             continue
         if language == "python":  # a file, named by its first line
             (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
