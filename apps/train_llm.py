@@ -111,7 +111,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     settings, output = config.training, Path(config.training.output_dir)
     artifact = require_artifact(config, plan)
     device = open_device(plan.spec.device["kind"], config, workers)
-    memory = run_memory(config, plan, artifact, workers.world_size)
+    accumulation = accumulation_steps(settings, workers.world_size)
+    memory = run_memory(config, plan, artifact, accumulation=accumulation, world_size=workers.world_size)
     free = available_memory(str(device), workers.local_world_size)
     require_memory(memory, free, str(device))
     require_room(output, memory.parameters)
@@ -121,7 +122,6 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     print(f"Device: {describe(device)}; about {memory} needed, {gibibytes(free)} free", flush=True)
 
     # The data: rows in an order that the seed alone decides; this worker's share of each step.
-    accumulation = accumulation_steps(settings, workers.world_size)
     rows_per_step = settings.batch_size * accumulation * workers.world_size
     dataset = find_dataset(config, plan.model_config.vocab_size, rows_per_step, workers)
     identity = run_identity(config, plan, dataset, rows_per_step)
@@ -191,10 +191,11 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     with StopRequest() as stop:
         if not take_steps(config, trainer, loader, outcome, saver, stop):
             return LOSS_NOT_FINITE
+        stopped = stop.requested or outcome.last_step < trainer.last_step  # by a signal to any worker
         if workers.is_first:
-            save_outcome(output, outcome, model, dataset, config, sample=not stop.requested)
+            save_outcome(output, outcome, model, dataset, config, sample=not stopped)
         saver.finish()
-        return INTERRUPTED if stop.requested else 0
+        return INTERRUPTED if stopped else 0
 
 
 def take_steps(
@@ -208,17 +209,14 @@ def take_steps(
     from apps.training.reporting.lines import live_fields, step_line
     from apps.training.trainer import NonFiniteLoss
 
-    def should_stop() -> bool:
-        return stop.requested
-
-    count, evaluator = trainer.count, Evaluator(config, trainer, loader, should_stop)
+    count, evaluator = trainer.count, Evaluator(config, trainer, loader, stop.asked)
     path = Path(config.training.output_dir) / METRICS
     with (
         MetricsFile(path, outcome.steps) if loader.rank == 0 else nullcontext() as metrics,
         Progress(count.total, "Training", "steps", mode=config.logging.progress) as progress,
     ):
         progress.update(len(outcome.steps))
-        steps = trainer.steps(loader, pause_after=evaluator.is_due, should_stop=should_stop, on_queued=saver.on_queued)
+        steps = trainer.steps(loader, pause_after=evaluator.is_due, should_stop=stop.asked, on_queued=saver.on_queued)
         try:
             for record in steps:
                 outcome.steps.append(record)
@@ -232,6 +230,7 @@ def take_steps(
                 saver.on_record(record.step, outcome)
         except NonFiniteLoss as error:
             progress.write(f"error: {error}", stream=sys.stderr)
+            saver.settle()  # the last good checkpoint may still be on its way
             return False
         except OutOfMemoryError as error:
             raise UserError(

@@ -46,9 +46,8 @@ def child(path: Path, settings: list[str]) -> None:
 
     import modelzoo
     from apps.training.config import parse
-    from apps.training.hyperparameters import hyperparameter_table
     from apps.training.step_plan import plan_step
-    from benchmarks.step_speed import batch, synchronize
+    from benchmarks.step_speed import batch, hyperparameters, synchronize
     from compiled.artifact import open_artifact
     from compiled.program import CompiledProgram
 
@@ -63,9 +62,7 @@ def child(path: Path, settings: list[str]) -> None:
         torch.zeros(1, device=device)
     imports = time.perf_counter() - started
     model = modelzoo.build_model(plan.model_config, device=device, dtype=config.model.dtype)
-    optimizer = type(plan.optimizer)
-    parameters = list(model.parameters())
-    hyper = hyperparameter_table(parameters, optimizer, optimizer.Config(), step=1, lr=1e-4, dtype=torch.float32)
+    hyper = hyperparameters(plan, model, device)
     data = batch(plan, device)
     synchronize(device)
     weights = time.perf_counter() - started - imports

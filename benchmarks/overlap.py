@@ -40,8 +40,7 @@ def watch_a_step(config, plan, workers) -> tuple[list[Span], list[Span]]:
     import modelzoo
     from apps.training.devices import open_device
     from apps.training.programs import make_program, require_artifact
-    from benchmarks.step_speed import batch
-    from benchmarks.weak_scaling import hyperparameters
+    from benchmarks.step_speed import batch, hyperparameters
 
     device = open_device("cpu", config, workers)
     model = modelzoo.build_model(plan.model_config, device=device, dtype=config.model.dtype, seed=1)

@@ -109,21 +109,26 @@ def batch(plan, device):
     return {"input_ids": ids, "labels": labels, "grad_scale": scale}
 
 
+def hyperparameters(plan, model, device):
+    """The table of numbers for a first step at rate 1e-4."""
+    from apps.training.hyperparameters import hyperparameter_table
+    from backends.precision import as_torch, at_least_float32
+
+    optimizer, dtype = type(plan.optimizer), as_torch(at_least_float32(plan.precision.parameters))
+    settings = optimizer.Config(lr=1e-4)
+    return hyperparameter_table(list(model.parameters()), optimizer, settings, step=1, lr=1e-4, dtype=dtype).to(device)
+
+
 def regions_step(artifact, plan, model, graph: str) -> Callable[[], None]:
     """Load the artifact and return its step; prints how long loading and the first step took."""
     import torch
 
-    from apps.training.hyperparameters import hyperparameter_table
     from compiled.cuda_graph import GraphedProgram
     from compiled.program import CompiledProgram
 
     device = next(model.parameters()).device
     data = batch(plan, device)
-    work = torch.float64 if plan.precision.parameters == "float64" else torch.float32
-    optimizer = type(plan.optimizer)
-    hyper = hyperparameter_table(
-        list(model.parameters()), optimizer, optimizer.Config(lr=1e-4), step=1, lr=1e-4, dtype=work
-    ).to(device)
+    hyper = hyperparameters(plan, model, device)
     synchronize(device)
     started = time.perf_counter()
     program = (GraphedProgram if graph == "on" else CompiledProgram)(

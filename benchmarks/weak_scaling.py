@@ -44,7 +44,7 @@ def measure(config, plan, workers, own: dict[str, str]) -> None:
     from apps.training.config_schema import RunConfig
     from apps.training.devices import open_device
     from apps.training.programs import make_program, require_artifact
-    from benchmarks.step_speed import batch, synchronize
+    from benchmarks.step_speed import batch, hyperparameters, synchronize
 
     began = time.perf_counter()
     device = open_device(plan.spec.device["kind"], config, workers)
@@ -76,15 +76,6 @@ def measure(config, plan, workers, own: dict[str, str]) -> None:
         trace(make_program(config, plan, require_artifact(config, plan), model, workers), data, table, own["trace"])
     if workers.is_first:
         print(json.dumps(line), flush=True)
-
-
-def hyperparameters(plan, model, device):
-    from apps.training.hyperparameters import hyperparameter_table
-    from backends.precision import as_torch, at_least_float32
-
-    optimizer, dtype = type(plan.optimizer), as_torch(at_least_float32(plan.precision.parameters))
-    settings = optimizer.Config(lr=1e-4)
-    return hyperparameter_table(list(model.parameters()), optimizer, settings, step=1, lr=1e-4, dtype=dtype).to(device)
 
 
 def slowest(seconds: float, workers, device) -> float:

@@ -140,9 +140,7 @@ class CompiledProgram:
                 if group in gathered:
                     torch._foreach_add_(list(gathered[group].values()), list(gradients.values()))
                 elif not is_last:
-                    gathered[group] = {
-                        n: g.to(torch.promote_types(g.dtype, torch.float32)) for n, g in gradients.items()
-                    }
+                    gathered[group] = {name: gradient.to(_wide(gradient)) for name, gradient in gradients.items()}
                 if is_last:
                     self.reducer.start(group, gathered.pop(group, gradients))
                     on_start()

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from backends.errors import UserError
-from modelzoo.folder_exchange import exchange
+from modelzoo.folder_exchange import exchange, sync
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -66,7 +66,7 @@ def save_model(
         _write_weights(model, new, max_shard_size)
         _flush(new)
         _exchange(new, target)
-        _sync(target.parent)
+        sync(target.parent)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk with an error of its own
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
@@ -155,15 +155,7 @@ def _write_tokenizer(tokenizer: str | Path | Any | None, folder: Path) -> None:
 def _flush(folder: Path) -> None:
     """Wait until everything under `folder`, and the folder itself, is on the disk."""
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _exchange(new: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two folders that change their names at one moment. Imports no torch."""
+"""Folders that change their names at one moment, and what is on the disk for certain. Imports no torch."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ def exchange(one: Path, other: Path) -> None:
         os.rename(aside, other)
         raise
     os.rename(aside, one)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file's content (or the folder's entries) are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backends.errors import UserError
-from modelzoo.folder_exchange import exchange
+from modelzoo.folder_exchange import exchange, sync
 
 _FULL_OR_READ_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -86,15 +86,6 @@ def require_writable(folder: Path, setting: str) -> None:
 def nearest_existing(folder: Path) -> Path:
     """`folder`, or the first above it that exists."""
     return next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
-
-
-def sync(path: Path) -> None:
-    """Wait until the file's content (or the folder's entries) are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_parents(folder: Path, made: list[Path]) -> None:

@@ -24,6 +24,10 @@ class StopRequest:
         self._pressed = 0.0
         self._previous: dict[int, Any] = {}
 
+    def asked(self) -> bool:
+        """`requested`, as a function to ask later."""
+        return self.requested
+
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only; elsewhere Ctrl-C is somebody else's business.
         if threading.current_thread() is threading.main_thread():

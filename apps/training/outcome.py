@@ -38,6 +38,11 @@ class Outcome:
         return None if self.peak is None else self.flops_per_step / record.seconds / self.peak
 
     @property
+    def last_step(self) -> int:
+        """The last update that was recorded; 0 before the first."""
+        return self.steps[-1].step if self.steps else 0
+
+    @property
     def last_evaluation(self) -> Evaluation | None:
         """The evaluation of the final weights, if they were evaluated."""
         at_the_end = self.evaluations and self.steps and self.evaluations[-1].step == self.steps[-1].step

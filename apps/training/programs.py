@@ -98,11 +98,13 @@ def _program_class(cuda_graph: str, artifact: Artifact) -> type[CompiledProgram]
     return CompiledProgram if cuda_graph == "off" else GraphedProgram
 
 
-def run_memory(config: TrainConfig, plan: StepPlan, artifact: Artifact | None, world_size: int) -> MemoryEstimate:
-    """What this worker of the run will hold at its peak."""
+def run_memory(
+    config: TrainConfig, plan: StepPlan, artifact: Artifact | None, *, accumulation: int, world_size: int
+) -> MemoryEstimate:
+    """What this worker of the run, one of `world_size`, will hold at its peak; `accumulation`: its microbatches."""
     precision, training = plan.precision, config.training
     num_parameters = plan.num_parameters
-    several = (training.global_batch_size or 0) > training.batch_size or training.gradient_accumulation_steps > 1
+    several = accumulation > 1
     if artifact is not None:
         whole = compiled_estimate(artifact.manifest, precision, several_microbatches=several)
     else:

@@ -157,7 +157,7 @@ def test_a_new_checkpoint_replaces_the_old_one_and_keeps_everything_else(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "_write_tokenizer", "_sync", "_exchange"])
+@pytest.mark.parametrize("step", ["save_file", "_write_tokenizer", "sync", "_exchange"])
 def test_a_failure_at_any_step_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

@@ -18,10 +18,9 @@ from typing import Any
 from apps.training.checkpointing.manifest import FORMAT, MANIFEST, METRICS, STATE, checkpoint_folders, flaw, step_of
 from apps.training.checkpointing.snapshot import Snapshot
 from apps.training.checkpointing.tensor_file import FileFacts, write_file
-from apps.training.files import sync
 from apps.training.reporting.records import Evaluation
 from backends.errors import UserError
-from modelzoo.folder_exchange import exchange
+from modelzoo.folder_exchange import exchange, sync
 
 BEING_WRITTEN, ON_ITS_WAY_OUT = ".tmp-", ".tmp-old-"
 PATIENCE = 1800.0  # seconds for a worker whose share is late; one that died ends the whole job long before

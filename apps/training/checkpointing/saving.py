@@ -156,12 +156,19 @@ class Saver:
 
         The run's folder is exchanged for the one with the final weights next; a failure can wait for `finish`.
         """
-        step = outcome.steps[-1].step if outcome.steps else 0
+        step = outcome.last_step
         if self._writer is None:
             return
         if step > self._saved_step:
+            self._wait_for_disk()
             self._writer.snapshot(step, self.model, self.program)
             self._write(step, outcome)
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until nothing is being written: the process may end then, for whatever reason."""
+        if self._writer is None:
+            return
         self._wait_for_disk()
         try:
             self._writer.wait()

@@ -71,8 +71,8 @@ def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
     cost, state = {"activation_bytes": 1000, "head_bytes": 24}, {"state": ["exp_avg", "exp_avg_sq"]}
     artifact = Artifact(Path("a.substrate"), {"cost": cost, "optimizer": state, "parameters": parameters})
-    needed = run_memory(config, plan, artifact, 1)
+    needed = run_memory(config, plan, artifact, accumulation=1, world_size=1)
     assert needed.activations == 1024
     assert needed.parameters == needed.gradients == 4 * parameters
     assert needed.moments == 8 * parameters
-    assert run_memory(eager(config), plan, None, 1).activations > 0
+    assert run_memory(eager(config), plan, None, accumulation=1, world_size=1).activations > 0

@@ -28,10 +28,11 @@ def make_saver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def train(saver: Saver, steps: int) -> None:
-    outcome = SimpleNamespace(steps=[], evaluations=[])
+    outcome = SimpleNamespace(steps=[], evaluations=[], last_step=0)
     for record in records(steps):
         saver.on_queued(record.step)
         outcome.steps.append(record)
+        outcome.last_step = record.step
         saver.on_record(record.step, outcome)
     saver.on_end(outcome)
     saver.finish()
@@ -73,3 +74,14 @@ def test_a_leg_ends_with_the_run() -> None:
     assert Resumed(step=10).last_step(total=100, num_steps=None) == 100
     assert Resumed(step=10).last_step(total=100, num_steps=5) == 15
     assert Resumed(step=98).last_step(total=100, num_steps=5) == 100
+
+
+def test_what_is_on_its_way_is_complete_once_it_has_settled(make_saver: Any, tmp_path: Path) -> None:
+    """As when the loss of a later step is not finite: the process ends, and the last good checkpoint is there."""
+    saver = make_saver(8, "checkpoint.save_steps=3")
+    saver.on_queued(3)
+    saver.on_record(3, SimpleNamespace(steps=records(3), evaluations=[]))
+    saver.settle()
+    found = newest(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.step == 3
