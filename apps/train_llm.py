@@ -188,6 +188,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     saver.start(resumed.step)
     if workers.is_first:
         start_run(output, to_yaml(config))
+    trainer.calibrate(loader, config.backend.calibrate_steps)
     with StopRequest() as stop:
         if not take_steps(config, trainer, loader, outcome, saver, stop):
             return LOSS_NOT_FINITE

@@ -26,11 +26,31 @@ State = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """A buffer that a layer keeps for its backend. `dtype` is torch's name for it; every element starts at `fill`."""
+    """A buffer that a layer keeps for its backend. `dtype` is torch's name for it; every element starts at `fill`.
+
+    All microbatches of a step, on all workers, read the state from before the step. The new values they return become
+    one by `reduce`, elementwise, and that is the state after it: the same however a step's rows are dealt. Smallest and
+    largest values, moving averages of them and counters are combined exactly by "min" and "max".
+
+    `given`: not the backend's to return, but filled in before each call. "first_row" (int64, shape ()) is the number,
+    within the rows of the step, of the first entry along dim 0 of the layer's input (in a plain PyTorch loop 0): random
+    numbers counted from it do not depend on which worker computes which rows.
+
+    An infinite `fill` says that nothing was seen yet. Evaluation with such a state is refused.
+    """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
     fill: float = 0.0
+    reduce: Literal["mean", "min", "max"] = "mean"
+    given: Literal["first_row"] | None = None
+
+    def __post_init__(self) -> None:
+        is_mean_of_integers = self.reduce == "mean" and not self.dtype.startswith(("float", "bfloat"))
+        if is_mean_of_integers and self.given is None:
+            raise UserError(
+                f"State of dtype {self.dtype} has no exact mean. Expected StateSpec(…, reduce='max' or 'min')."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +98,7 @@ class Backend:
 
         All tensors come in the layer's compute dtype; y leaves in the same. With a `parameter_spec`, `weight` is the
         dict of those tensors and `bias` is None. In evaluation (`training` false) the returned state is not kept.
+        The new state has every name of `linear_state` but those that are given.
         """
         raise NotImplementedError
 

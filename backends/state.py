@@ -3,10 +3,13 @@
 Inside `collect_state()` a layer's new state goes to the collector and its buffers stay as they are: a second forward or
 a recompute reads the same state, gives the same numbers, and the last result counts once. Outside, as in any PyTorch
 training loop, a layer in training mode updates its buffers at the end of its forward.
+
+State that has seen nothing yet (a range of infinities) is filled by training forwards; evaluation with it is refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -15,11 +18,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from backends.base import State, StateSpec
+from backends.errors import UserError
 
 
-class CollectedState(dict[tuple[nn.Module, str], Tensor]):
+class CollectedState(dict[tuple["Stateful", str], Tensor]):
     """(layer, buffer name) → new value."""
 
     def named(self, root: nn.Module) -> dict[str, Tensor]:
@@ -55,12 +60,14 @@ class Stateful(nn.Module):
     """A layer with buffers for its backend: `.to(dtype)` keeps their dtype, leaving the meta device fills them."""
 
     state_specs: Mapping[str, StateSpec] = MappingProxyType({})
+    _was_calibrated = False  # an evaluation found so; what was seen stays seen
 
     def set_state(self, specs: Mapping[str, StateSpec], device: torch.device | None) -> None:
         """Replace the buffers by those of `specs`, at their initial values. They are not part of a saved checkpoint."""
         for name in self.state_specs:
             delattr(self, name)
         self.state_specs = specs
+        self._was_calibrated = False
         for name, spec in specs.items():
             self.register_buffer(name, _initial(spec, device), persistent=False)
 
@@ -72,11 +79,12 @@ class Stateful(nn.Module):
         if _collectors:
             y, new_state = compute(state)
             if self.training:
-                for name, value in new_state.items():
+                for name, value in self._returned(new_state).items():
                     # A region's output must not be one of its inputs, so state handed on unchanged is copied.
                     _collectors[-1][self, name] = value.clone() if value is state[name] else value.detach()
             return y
         if not self.training:
+            self._require_calibrated()
             return compute(state)[0]
         if _in_backward():
             return compute(_before_update.get(self, state))[0]
@@ -84,11 +92,26 @@ class Stateful(nn.Module):
         before = {name: value.clone() for name, value in state.items()}
         y, new_state = compute(before)
         with torch.no_grad():
-            for name, value in new_state.items():
+            for name, value in self._returned(new_state).items():
                 state[name].copy_(value)
         if not torch.compiler.is_compiling():
             _before_update[self] = before
         return y
+
+    def _returned(self, new_state: State) -> State:
+        """What the backend has to return: all but the state that is given to it."""
+        wanted = [name for name, spec in self.state_specs.items() if spec.given is None]
+        missing = [name for name in wanted if name not in new_state]
+        assert not missing, f"the backend did not return its new state {missing}"
+        return {name: new_state[name] for name in wanted}
+
+    def _require_calibrated(self) -> None:
+        """Refuse to evaluate in a plain PyTorch loop before training has; asks the device once, and no tracer."""
+        if self._was_calibrated or torch.compiler.is_compiling():
+            return
+        if all(has_data(self.get_buffer(name)) for name in self.state_specs):
+            require_calibrated(self)
+            self._was_calibrated = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         before = {name: self.get_buffer(name) for name in self.state_specs}
@@ -100,6 +123,38 @@ class Stateful(nn.Module):
             elif moved.dtype != old.dtype:
                 setattr(self, name, old.to(moved.device))
         return self
+
+
+def require_calibrated(model: nn.Module) -> None:
+    """UserError that names the first layer whose backend knows no range, having seen no data. Waits for the device."""
+    for path, module in model.named_modules():
+        unseen = [
+            module.get_buffer(name).eq(spec.fill).any()
+            for name, spec in (module.state_specs.items() if isinstance(module, Stateful) else ())
+            if math.isinf(spec.fill)
+        ]
+        if unseen and bool(torch.stack(unseen).any()):
+            assert isinstance(module, Stateful)
+            names = ", ".join(name for name, spec in module.state_specs.items() if math.isinf(spec.fill))
+            where = f"Layer '{path}'" if path else "This layer"
+            raise UserError(
+                f"{where} is not calibrated: {names} of backend {getattr(module, 'backend', '')} saw no data yet. "
+                "Run the model on a few batches in training mode first."
+            )
+
+
+def set_first_row(model: nn.Module, first_row: int | Tensor) -> None:
+    """Tell the layers' backends which row of the step their next input begins with."""
+    for module in model.modules():
+        if isinstance(module, Stateful):
+            for name, spec in module.state_specs.items():
+                if spec.given == "first_row":
+                    module.get_buffer(name).copy_(torch.as_tensor(first_row))
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether a value can be read from `tensor`: it is no tracer's and lies on a device."""
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
 
 
 def reset_state(model: nn.Module) -> None:

@@ -40,11 +40,6 @@ class Binding:
         """Parameters and state of a part, by local name."""
         return {local: self.tensors[full] for slots in ("parameters", "state") for local, full in entry[slots].items()}
 
-    def commit(self, entry: Entry, outputs: Mapping[str, Tensor]) -> None:
-        """Write the new state a part returned into its buffers."""
-        for local, full in entry["state"].items():
-            self.tensors[full].copy_(outputs[f"new_{local}"])
-
     def input_dtype(self, region: str, name: str) -> torch.dtype:
         """The dtype in which `region` takes its input `name`."""
         spec = next(spec for spec in self.regions[region].spec.inputs if spec.name == name)

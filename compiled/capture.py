@@ -63,6 +63,10 @@ class Sources:
         }
         return tensors | {slot.local: self.like(buffers[slot.local]) for slot in stage.state}
 
+    def first_row(self, stage: Stage) -> dict[str, Tensor]:
+        """The input `first_row`, where the stage has a backend that counts from it."""
+        return {"first_row": self.empty((), torch.int64)} if stage.given else {}
+
 
 def capture_function(
     name: str,
@@ -83,16 +87,20 @@ def capture_stage(
     """Forward and backward region of a stage; no backward when nothing in it wants a gradient (a frozen embedding).
 
     `activations` are the tensors after parameters and state, the first being the one the gradient flows to (token ids
-    get none). Forward: parameters, state, activations → `output`, `new_<state>`…, `saved_i`…. Backward: what it needs
-    by name, `grad_output` → `grad_<parameter>`…, `grad_<activation>`.
+    get none). Forward: parameters, state, activations[, first_row] → `output`, `new_<state>`…, `saved_i`…. Backward:
+    what it needs by name, `grad_output` → `grad_<parameter>`…, `grad_<activation>`.
     """
     tensors = sources.stage_tensors(stage)
-    inputs = tensors | activations
+    inputs = tensors | activations | sources.first_row(stage)
     state_names = [slot.local for slot in stage.state]
 
     def forward(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, flat, strict=True))
-        output, new_state = stage.call({key: named[key] for key in tensors}, *(named[key] for key in activations))
+        output, new_state = stage.call(
+            {key: named[key] for key in tensors},
+            *(named[key] for key in activations),
+            first_row=named.get("first_row"),
+        )
         # an output must not be one of the inputs: a statistic that did not change is handed on as a copy
         return (output, *(new_state[key] if key in new_state else named[key].clone() for key in state_names))
 

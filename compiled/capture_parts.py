@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from backends.precision import PrecisionPolicy, as_torch
 from compiled.capture import Captured, Sources, capture_function
-from compiled.stages import Slot, Stage, StagedModel, canonical_names
+from compiled.stages import Stage, StagedModel, canonical_names, stage_of
 
 
 class Optimizer(Protocol):
@@ -43,13 +43,7 @@ def head_stage(model: StagedModel) -> Stage:
     names = model.stages()
     paths = {"norm": names.norm, "head": names.head}
     module = _Head(model.get_submodule(names.norm), model.get_submodule(names.head))
-    full = canonical_names(model)
-    parameters = [Slot(local, full[id(parameter)]) for local, parameter in module.named_parameters()]
-    state = []
-    for local, _ in module.named_buffers():
-        part, _, rest = local.partition(".")
-        state.append(Slot(local, f"{paths[part]}.{rest}"))
-    return Stage("head", module, parameters, state)
+    return stage_of("head", module, canonical_names(model), paths)
 
 
 def loss_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
@@ -73,7 +67,8 @@ def capture_head(
 ) -> list[Captured]:
     """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss).
 
-    Inputs: parameters, state, hidden_states [T/chunks, H], labels [T/chunks], grad_scale [T/chunks]. With several
+    Inputs: parameters, state, hidden_states [T/chunks, H], labels [T/chunks], grad_scale [T/chunks], and first_row, the
+    chunk's first token within the step, where a backend counts from it. With several
     chunks `head_train` adds its parameter gradients onto `sum_<parameter>` buffers in place; with one it returns them.
     """
     rows, logits_dtype = tokens // chunks, as_torch(policy.logits)
@@ -85,6 +80,7 @@ def capture_head(
         # 1/N in bfloat16 would be off by up to 0.4 %
         "grad_scale": sources.empty((rows,), accumulation_dtype(as_torch(policy.logits))),
     }
+    inputs |= sources.first_row(stage)
     sums = {
         f"sum_{name}": sources.empty(tensors[name].shape, accumulation_dtype(tensors[name].dtype)) for name in trained
     }
@@ -95,7 +91,9 @@ def capture_head(
         with torch.enable_grad():
             leaves = {name: named[name].detach().requires_grad_() for name in ("hidden_states", *trained)}
             logits, new_state = stage.call(
-                {key: leaves.get(key, named[key]) for key in tensors}, leaves["hidden_states"]
+                {key: leaves.get(key, named[key]) for key in tensors},
+                leaves["hidden_states"],
+                first_row=named.get("first_row"),
             )
             loss = loss_sum(logits.to(logits_dtype), named["labels"], named["grad_scale"])
             gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
@@ -109,7 +107,8 @@ def capture_head(
 
     def evaluate(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, flat, strict=True))
-        logits, _ = stage.call({key: named[key] for key in tensors}, named["hidden_states"])
+        weights = {key: named[key] for key in tensors}
+        logits, _ = stage.call(weights, named["hidden_states"], first_row=named.get("first_row"))
         return (loss_sum(logits.to(logits_dtype), named["labels"], named["grad_scale"]),)
 
     train_inputs = inputs if chunks == 1 else inputs | sums

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from backends.state import require_calibrated
 from compiled.artifact import Artifact
 from compiled.binding import Binding
 from compiled.reduction import Gradients, OneWorker, Reducer
 from compiled.stages import StagedModel
+from compiled.statistics import Statistics
 from compiled.updating import Updater
 
+# a part's inputs, and its outputs unless they are computed again
+Kept = tuple[dict[str, Tensor], dict[str, Tensor] | None]
 Sink = Callable[[int, Gradients], None]  # (group, its gradients of this microbatch, final)
 
 
@@ -58,8 +62,10 @@ class CompiledProgram:
         self.model: StagedModel = model  # type: ignore[assignment]
         self.device = next(model.parameters()).device
         cos, sin = self.model.rotary_tables(self.spec["max_seq_length"], self.device)
-        self.tables = {"cos": cos, "sin": sin}
+        # a microbatch that does not say where its rows lie in the step has them at the start
+        self.tables = {"cos": cos, "sin": sin, "first_row": torch.zeros((), dtype=torch.int64, device=self.device)}
         self.reducer: Reducer = reducer or OneWorker()
+        self._is_calibrated = False  # asked once: what was seen stays seen
         self.updater = Updater(
             self.binding,
             artifact.manifest,
@@ -82,6 +88,7 @@ class CompiledProgram:
     ) -> StepResult:
         """One optimizer step over the microbatches (input_ids, labels, grad_scale[, article_ids]: [B, S], on device).
 
+        `first_row` (int64, 0-d) in a microbatch: the number of its first row among all rows of the step.
         `hyperparameters` [parameters, hyper-parameters] has a row for each of `model.named_parameters()`, in order.
         """
         hyper = hyperparameters.to(self.device, non_blocking=True)
@@ -96,7 +103,8 @@ class CompiledProgram:
             if max_grad_norm is None:
                 update(self.reducer.finished(everything=False), self.updater.one)
 
-        loss = self._sum_gradients(microbatches, on_start)
+        statistics = Statistics(self.binding.tensors)
+        loss = self._sum_gradients(microbatches, on_start, statistics)
         norm, coefficient = None, self.updater.one
         summed = self.reducer.finished(everything=True)
         if max_grad_norm is not None:
@@ -104,19 +112,33 @@ class CompiledProgram:
             norm = self.updater.norm(gradients for _, gradients in gathered)
             coefficient, summed = self.updater.clip(norm, max_grad_norm), iter(gathered)
         update(summed, coefficient)
+        statistics.write(self.reducer)
         self.reducer.settle()
         return StepResult(self.reducer.sum_(loss), norm)
 
     @torch.no_grad()
     def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> Gradients:
         """Gradients of Σ grad_scale · CE over microbatches and workers, by parameter name; nothing is updated."""
-        self._sum_gradients(microbatches, lambda: None, commit=False)
+        self._sum_gradients(microbatches, lambda: None, Statistics(self.binding.tensors))
         groups = [gradients for _, gradients in self.reducer.finished(everything=True)]
         return {name: gradient for group in groups for name, gradient in group.items()}
 
     @torch.no_grad()
+    def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Forward passes of one step that let the backends see their ranges; nothing else changes."""
+        statistics = Statistics(self.binding.tensors)
+        for microbatch in microbatches:
+            hidden, _ = self._forward(microbatch, statistics, keep=False)
+            if self.head["state"]:
+                self._head_step(hidden, microbatch, statistics)
+        statistics.write(self.reducer)
+
+    @torch.no_grad()
     def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor:
         """Σ grad_scale · CE of one batch, 0-d. Parameters, optimizer state and backend statistics stay as they are."""
+        if not self._is_calibrated:
+            require_calibrated(self.model)  # type: ignore[arg-type]
+            self._is_calibrated = True
         run, shared = self.binding.run, self._shared(microbatch)
         ids = {"input_ids": microbatch["input_ids"]}
         hidden = run(self.embed["evaluate"], self.binding.inputs(self.embed) | ids)["output"]
@@ -125,7 +147,7 @@ class CompiledProgram:
         return _total([run(self.head["evaluate"], chunk)["loss"] for chunk in self._chunks(hidden, microbatch)])
 
     def _sum_gradients(
-        self, microbatches: Sequence[Mapping[str, Tensor]], on_start: Callable[[], None], commit: bool = True
+        self, microbatches: Sequence[Mapping[str, Tensor]], on_start: Callable[[], None], statistics: Statistics
     ) -> Tensor:
         """Sweep over the microbatches; each group goes to the reducer when it is final, and `on_start` is called.
 
@@ -145,46 +167,47 @@ class CompiledProgram:
                     self.reducer.start(group, gathered.pop(group, gradients))
                     on_start()
 
-            losses.append(self._sweep(microbatch, keep, commit))
+            losses.append(self._sweep(microbatch, keep, statistics))
         return _total(losses)
 
     # --- forward and backward -----------------------------------------------------------------------------------------
 
-    def _sweep(self, microbatch: Mapping[str, Tensor], sink: Sink, commit: bool = True) -> Tensor:
+    def _sweep(self, microbatch: Mapping[str, Tensor], sink: Sink, statistics: Statistics) -> Tensor:
         """Forward, head and backward of one microbatch; each group's gradients go to the sink when they are final."""
-        run, shared = self.binding.run, self._shared(microbatch)
-        embed_inputs = self.binding.inputs(self.embed) | {"input_ids": microbatch["input_ids"]}
-        embedded = run(self.embed["forward"], embed_inputs)
-        hidden = embedded["output"]
-        recompute = self.spec["recompute"] == "block"
-        stash, new_states = [], [(self.embed, self._new_state(self.embed, embedded))]
-        for block in self.blocks:
-            inputs = self.binding.inputs(block) | shared | {"hidden_states": hidden}
-            outputs = run(block["forward"], inputs)
-            hidden = outputs["output"]
-            new_states.append((block, self._new_state(block, outputs)))
-            stash.append((inputs, None if recompute else outputs))
-        loss, grad, ends = self._head_step(hidden, microbatch, commit)
+        run = self.binding.run
+        hidden, stash = self._forward(microbatch, statistics, keep=True)
+        loss, grad, ends = self._head_step(hidden, microbatch, statistics)
         for index in reversed(range(len(self.blocks))):
             block = self.blocks[index]
             inputs, kept = stash.pop()
-            # state is committed after the sweep, so a recomputed forward reads what the first one read
+            # state is written after the step, so a recomputed forward reads what the first one read
             outputs = run(block["forward"], inputs) if kept is None else kept
             results = run(block["backward"], inputs | outputs | {"grad_output": grad})
             grad = results["grad_hidden_states"]
             sink(index, {block["parameters"][local]: results[f"grad_{local}"] for local in block["trained"]})
-        self._embed_backward(embed_inputs | embedded, grad, ends)
+        ((embed_inputs, embedded),) = stash
+        self._embed_backward(embed_inputs | (embedded or {}), grad, ends)
         sink(len(self.blocks), ends)
-        for entry, new_state in new_states if commit else ():
-            self.binding.commit(entry, new_state)
         return loss
 
-    @staticmethod
-    def _new_state(entry: Mapping[str, Mapping[str, str]], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"new_{local}": outputs[f"new_{local}"] for local in entry["state"]}
+    def _forward(
+        self, microbatch: Mapping[str, Tensor], statistics: Statistics, *, keep: bool
+    ) -> tuple[Tensor, list[Kept]]:
+        """The last hidden states and, with `keep`, what the backwards of embedding and blocks need, in this order."""
+        shared, recompute = self._shared(microbatch), self.spec["recompute"] == "block"
+        flowing = {"input_ids": microbatch["input_ids"]}
+        stash: list[Kept] = []
+        for entry in (self.embed, *self.blocks):
+            inputs = self.binding.inputs(entry) | shared | flowing
+            outputs = self.binding.run(entry["forward"], inputs)
+            flowing = {"hidden_states": outputs["output"]}
+            statistics.add(entry, outputs)
+            if keep:
+                stash.append((inputs, None if recompute and entry is not self.embed else outputs))
+        return outputs["output"], stash
 
     def _head_step(
-        self, hidden: Tensor, microbatch: Mapping[str, Tensor], commit: bool
+        self, hidden: Tensor, microbatch: Mapping[str, Tensor], statistics: Statistics
     ) -> tuple[Tensor, Tensor, Gradients]:
         """Loss, gradient of the hidden states, and the head's parameter gradients, summed over the chunks."""
         names = {local: self.head["parameters"][local] for local in self.head["trained"]}
@@ -193,16 +216,13 @@ class CompiledProgram:
             for local, full in names.items():
                 dtype = self.binding.input_dtype(self.head["train"], f"sum_{local}")
                 sums[f"sum_{local}"] = torch.zeros_like(self.binding.tensors[full], dtype=dtype)
-        losses, grads, state = [], [], dict[str, Tensor]()
+        losses, grads = [], []
         results: dict[str, Tensor] = {}
         for chunk in self._chunks(hidden, microbatch):
-            # a statistic of the projection's backend sees one chunk after another
-            results = self.binding.run(self.head["train"], chunk | sums | state)
-            state = {local: results[f"new_{local}"] for local in self.head["state"]}
+            results = self.binding.run(self.head["train"], chunk | sums)
+            statistics.add(self.head, results)
             losses.append(results["loss"])
             grads.append(results["grad_hidden_states"])
-        if commit:
-            self.binding.commit(self.head, results)
         gradients = {full: sums[f"sum_{local}"] if sums else results[f"grad_{local}"] for local, full in names.items()}
         grad = grads[0] if len(grads) == 1 else torch.cat(grads)
         return _total(losses), grad.view(hidden.shape), gradients
@@ -212,10 +232,14 @@ class CompiledProgram:
         rows = hidden.shape[0] * hidden.shape[1] // self.head["chunks"]
         parts = (hidden.view(-1, hidden.shape[-1]), microbatch["labels"].view(-1), microbatch["grad_scale"].view(-1))
         fixed = self.binding.inputs(self.head)
-        return [
+        chunks = [
             fixed | {"hidden_states": states, "labels": labels, "grad_scale": scale}
             for states, labels, scale in zip(*(part.split(rows) for part in parts), strict=True)
         ]
+        if self.head["given"]:  # the head's rows are tokens
+            first = self._shared(microbatch)["first_row"] * hidden.shape[1]
+            chunks = [chunk | {"first_row": first + index * rows} for index, chunk in enumerate(chunks)]
+        return chunks
 
     def _embed_backward(self, inputs: dict[str, Tensor], grad: Tensor, gradients: Gradients) -> None:
         """Add the embedding's gradients to `gradients`, where a tied weight already has the head's."""
@@ -229,9 +253,10 @@ class CompiledProgram:
             gradients[full] = gradient
 
     def _shared(self, microbatch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.spec["article_attention"]:
-            return self.tables
-        return self.tables | {"mask": self.model.article_mask(microbatch["article_ids"])}
+        shared = self.tables | {name: microbatch[name] for name in ("first_row",) if name in microbatch}
+        if self.spec["article_attention"]:
+            shared["mask"] = self.model.article_mask(microbatch["article_ids"])
+        return shared
 
 
 def _wide(gradient: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ Gradients = dict[str, Tensor]  # by the model's parameter name
 class Reducer(Protocol):
     """Groups go in as their gradients become final and come out summed over all workers, in the same order."""
 
+    is_alone: bool  # there are no other workers
     widens: bool  # gradients come out in at least float32, whatever they went in as
     shards: bool  # each group is summed for, and updated by, its owner alone
 
@@ -35,6 +36,9 @@ class Reducer(Protocol):
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the workers, in place."""
 
+    def max_(self, tensor: Tensor) -> Tensor:
+        """The largest of the workers' tensors, elementwise, in place."""
+
     def publish(self, group: int, parameters: Mapping[str, Tensor]) -> None:
         """Called for every group after its update: with sharding, the owner's parameters replace everybody's."""
 
@@ -45,7 +49,7 @@ class Reducer(Protocol):
 class OneWorker:
     """A job of one: gradients are their own sums."""
 
-    widens = shards = False
+    is_alone, widens, shards = True, False, False
 
     def __init__(self) -> None:
         self._summed: list[tuple[int, Gradients]] = []
@@ -64,6 +68,9 @@ class OneWorker:
             yield self._summed.pop(0)
 
     def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def publish(self, group: int, parameters: Mapping[str, Tensor]) -> None:

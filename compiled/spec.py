@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # What a compiler may use of a CPU; the rest of /proc/cpuinfo's flags never reaches generated code.
 _ISA_PREFIXES = (

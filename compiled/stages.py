@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from backends.state import collect_state
+from backends.state import Stateful, collect_state
 
 
 class StageNames(Protocol):
@@ -53,22 +53,31 @@ class Slot:
 
 @dataclass
 class Stage:
-    """One part of the model with its parameters and state buffers in a fixed order."""
+    """One part of the model with its parameters and state buffers in a fixed order.
+
+    `reduce`: how the new values of a state buffer become one over microbatches and workers. `given`: buffers that the
+    program fills in before each microbatch, all with its `first_row`.
+    """
 
     path: str
     module: nn.Module
     parameters: list[Slot]
     state: list[Slot]
+    reduce: dict[str, str]
+    given: list[str]
 
     def trained_parameters(self) -> dict[Slot, nn.Parameter]:
         """The parameters that need a gradient, in the stage's order."""
         parameters = dict(self.module.named_parameters())
         return {slot: parameters[slot.local] for slot in self.parameters if parameters[slot.local].requires_grad}
 
-    def call(self, tensors: dict[str, Tensor], *inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def call(
+        self, tensors: dict[str, Tensor], *inputs: Any, first_row: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The stage as a pure function: parameters and state by local name in, output and new state out."""
+        given = {local: first_row for local in self.given if first_row is not None}
         with collect_state() as collected:
-            output = torch.func.functional_call(self.module, tensors, inputs)
+            output = torch.func.functional_call(self.module, tensors | given, inputs)
         return output, collected.named(self.module)
 
 
@@ -79,11 +88,29 @@ def canonical_names(model: StagedModel) -> dict[int, str]:
 
 def make_stage(model: StagedModel, path: str) -> Stage:
     """The stage at submodule `path`, with the model's names of its parameters (tied ones: the first name)."""
-    module = model.get_submodule(path)
-    names = canonical_names(model)
+    return stage_of(path, model.get_submodule(path), canonical_names(model), {"": path})
+
+
+def stage_of(path: str, module: nn.Module, names: Mapping[int, str], prefixes: Mapping[str, str]) -> Stage:
+    """A stage of `module`. `names`: of parameters by identity; `prefixes`: the model's path of each of its parts."""
     parameters = [Slot(local, names[id(parameter)]) for local, parameter in module.named_parameters()]
-    state = [Slot(local, f"{path}.{local}") for local, _ in module.named_buffers()]
-    return Stage(path, module, parameters, state)
+    specs = {
+        f"{part}.{name}" if part else name: spec
+        for part, layer in module.named_modules()
+        if isinstance(layer, Stateful)
+        for name, spec in layer.state_specs.items()
+    }
+    state, reduce, given = [], dict[str, str](), list[str]()
+    for local, _ in module.named_buffers():
+        spec = specs.get(local)
+        if spec is not None and spec.given is not None:
+            given.append(local)
+            continue
+        part = next(part for part in prefixes if not part or local.startswith(f"{part}."))
+        rest = local.removeprefix(part).removeprefix(".")
+        state.append(Slot(local, f"{prefixes[part]}.{rest}"))
+        reduce[local] = "max" if spec is None else spec.reduce  # a buffer of no backend never changes
+    return Stage(path, module, parameters, state, reduce, given)
 
 
 def slots(stage: Stage) -> dict[str, Any]:
@@ -92,6 +119,8 @@ def slots(stage: Stage) -> dict[str, Any]:
         "parameters": {slot.local: slot.full for slot in stage.parameters},
         "trained": [slot.local for slot in stage.trained_parameters()],
         "state": {slot.local: slot.full for slot in stage.state},
+        "reduce": stage.reduce,
+        "given": stage.given,
     }
 
 

@@ -131,6 +131,11 @@ class BackendConfig:
     rules: list[dict[str, Any]] = setting(
         factory=list, help="first match wins: [{match: '*.mlp.*', use: dense, OPTION: VALUE}]"
     )
+    calibrate_steps: int = setting(
+        0,
+        "forward passes before the first step, on its rows and those after, that fill the backends' ranges",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from apps.training.hyperparameters import is_decayed
 from apps.training.optimizers.adamw import AdamW
 from backends.errors import UserError
 from backends.precision import BITS, PrecisionPolicy, as_torch
+from backends.state import CollectedState, collect_state, require_calibrated, set_first_row
 from compiled.reduction import OneWorker, Reducer
 
 
@@ -78,7 +79,7 @@ class EagerProgram:
         `hyperparameters` [parameters, hyperparameter_names] as `hyperparameter_table` makes it, on the host.
         """
         self.model.train()
-        loss, gradients = self._loss_and_gradients(microbatches)
+        loss, gradients, states = self._loss_and_gradients(microbatches)
         for name, weight in self.weights.items():
             weight.grad = gradients[name]
         grad_norm = None
@@ -88,15 +89,24 @@ class EagerProgram:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._store()
+        self._store_state(states)
         return StepResult(loss, grad_norm)
+
+    def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Forward passes of one step that let the backends see their ranges; nothing else changes."""
+        self.model.train()
+        with torch.no_grad():
+            self._store_state([self._loss_and_state(microbatch)[1] for microbatch in microbatches])
 
     def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor:
         """Σ grad_scale · CE of one microbatch, 0-d, without an update and with the model in evaluation mode."""
+        require_calibrated(self.model)
         with torch.no_grad(), _evaluating(self.model):
-            return self._loss(microbatch)
+            return self._loss_and_state(microbatch)[0]
 
     def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The step's summed gradients by parameter name, unclipped, without an update."""
+        self.model.train()
         return self._loss_and_gradients(microbatches)[1]
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -122,18 +132,23 @@ class EagerProgram:
             keys = (*AdamW.state_names, "step")
             self.optimizer.state[weight] = {key: tensors[f"{name}.{key}"].clone() for key in keys}
 
-    def _loss(self, microbatch: Mapping[str, Tensor]) -> Tensor:
+    def _loss_and_state(self, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, CollectedState]:
         extra = {"article_ids": microbatch["article_ids"]} if "article_ids" in microbatch else {}
-        logits = self.model(input_ids=microbatch["input_ids"], use_cache=False, **extra).logits
+        set_first_row(self.model, microbatch.get("first_row", 0))
+        with collect_state() as state:
+            logits = self.model(input_ids=microbatch["input_ids"], use_cache=False, **extra).logits
         flat = logits.to(self.logits_dtype).flatten(0, 1)
         each = F.cross_entropy(flat, microbatch["labels"].flatten(), reduction="none")
-        return (microbatch["grad_scale"].flatten() * each).sum()
+        return (microbatch["grad_scale"].flatten() * each).sum(), state
 
-    def _loss_and_gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = []
+    def _loss_and_gradients(
+        self, microbatches: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor], list[CollectedState]]:
+        losses, states = [], []
         total: dict[str, Tensor] = {}
         for microbatch in microbatches:
-            loss = self._loss(microbatch)
+            loss, state = self._loss_and_state(microbatch)
+            states.append(state)
             losses.append(loss.detach())
             found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
             for name, gradient in zip(self.parameters, found, strict=True):
@@ -141,7 +156,21 @@ class EagerProgram:
                 total[name] = total[name] + wide if name in total else wide
         self.reducer.start(0, total)
         ((_, summed),) = self.reducer.finished(everything=True)
-        return self.reducer.sum_(torch.stack(losses).sum()), summed
+        return self.reducer.sum_(torch.stack(losses).sum()), summed, states
+
+    @torch.no_grad()
+    def _store_state(self, states: list[CollectedState]) -> None:
+        """The state after a step: that of its microbatches and workers, combined as each buffer's spec says."""
+        for layer, name in states[0]:
+            kind = layer.state_specs[name].reduce
+            parts = torch.stack([state[layer, name] for state in states]).double()
+            if kind == "mean":
+                ones = torch.ones((), dtype=parts.dtype, device=parts.device)
+                value = self.reducer.sum_(parts.mean(0)) / self.reducer.sum_(ones)
+            else:
+                sign = 1 if kind == "max" else -1
+                value = sign * self.reducer.max_((sign * parts).amax(0))
+            layer.get_buffer(name).copy_(value)
 
     def _set_hyperparameters(self, table: Tensor) -> None:
         for group, names in zip(self.optimizer.param_groups, self.groups, strict=True):

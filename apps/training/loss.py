@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -73,22 +74,34 @@ def article_ids(types: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.int3
 
 
 def microbatches(
-    batches: Sequence[Batch], *, device: torch.device | str, dtype: torch.dtype, num_counted: int | None = None
+    batches: Sequence[Batch],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    num_counted: int | None = None,
+    first_rows: Sequence[int] | None = None,
 ) -> list[dict[str, Tensor]]:
     """The tensors a program takes for one optimizer step, on `device`: input_ids, labels, grad_scale[, article_ids].
 
     `num_counted` is N, by default the counted positions of `batches`; with N = 0 every grad_scale is 0. `dtype` is
-    grad_scale's: float32, or float64 when the logits are. Copies to a GPU do not make the host wait.
+    grad_scale's: float32, or float64 when the logits are. `first_rows`: the number of each batch's first row within the
+    rows of the step; by default they follow one another. Copies to a GPU do not make the host wait.
     """
     total = sum(batch.num_counted for batch in batches) if num_counted is None else num_counted
-    return [_on_device(batch, total, torch.device(device), dtype) for batch in batches]
+    if first_rows is None:
+        first_rows = [0, *accumulate(len(batch.input_ids) for batch in batches[:-1])]
+    return [
+        _on_device(batch, first_row, total, torch.device(device), dtype)
+        for batch, first_row in zip(batches, first_rows, strict=True)
+    ]
 
 
-def _on_device(batch: Batch, total: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def _on_device(batch: Batch, first_row: int, total: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors = {
         "input_ids": batch.input_ids,
         "labels": batch.labels,
         "grad_scale": batch.mask.to(dtype) / max(total, 1),
+        "first_row": torch.tensor(first_row),
     }
     if batch.article_ids is not None:
         tensors["article_ids"] = batch.article_ids

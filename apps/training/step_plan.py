@@ -32,6 +32,8 @@ _NOT_IN_GRAPH = frozenset(
     "transformers_version _name_or_path id2label label2id output_attentions output_hidden_states return_dict "
     "problem_type chunk_size_feed_forward is_encoder_decoder pretraining_tp attention_dropout".split()
 )
+# Settings of the sections above that an artifact does not depend on, or that are written out anyway.
+_NOT_COMPILED = ("max_seq_length", "verbose", "debug", "workers", "calibrate_steps")
 # Bytes of float32 logits a chunk of the loss may take: small enough to stay near the processor, large enough for its
 # products.
 _LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
@@ -140,7 +142,7 @@ def compile_command(config: TrainConfig) -> str:
     ]
     for section, default in defaults.items():
         for key, value in vars_of(getattr(config, section)).items():
-            if value != getattr(default, key) and key not in ("max_seq_length", "verbose", "debug", "workers"):
+            if value != getattr(default, key) and key not in _NOT_COMPILED:
                 arguments.append(f"{section}.{key}={_written(value)}")
     arguments += ["training.deterministic=true"] if config.training.deterministic else []
     optimizer, standard = config.optimizer, type(config.optimizer)()

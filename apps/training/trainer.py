@@ -20,7 +20,7 @@ from torch import Tensor
 from apps.training.config_schema import OptimizerConfig, ScheduleConfig
 from apps.training.data.packing import Rows
 from apps.training.hyperparameters import hyperparameter_table
-from apps.training.loss import make_batch, microbatches
+from apps.training.loss import Batch, make_batch, microbatches
 from apps.training.optimizers import Optimizer
 from apps.training.optimizers import load as load_optimizer
 from apps.training.reporting.records import Evaluation, StepRecord
@@ -45,11 +45,16 @@ class Program(Protocol):
         self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
     ) -> StepResult: ...
     def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor: ...
+    def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None: ...
 
 
 class Workers(Protocol):
     """The workers of the job, as far as the loop needs them. `workers.group.Workers` is the real one."""
 
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
     def sum_counts(self, *numbers: int) -> tuple[int, ...]: ...
     def sum_(self, tensor: Tensor) -> Tensor: ...
     def doing(self, what: str) -> None: ...
@@ -157,17 +162,29 @@ class Trainer:
             yield late.record(begin)
             begin = time.perf_counter()
 
+    def calibrate(self, rows: Iterable[Rows], passes: int) -> None:
+        """Let the backends see their ranges on the rows of the first `passes` steps; a resumed run did so before."""
+        supply = iter(rows)
+        for number in range(1, (passes if self.first_step == 1 else 0) + 1):
+            self.workers.doing(f"calibrating the backends, pass {number} of {passes}")
+            batches = self._read(supply)
+            first_rows = self._first_rows(0, batches)
+            self.program.calibrate(
+                microbatches(batches, device=self.device, dtype=self.loss_dtype, first_rows=first_rows)
+            )
+
     def evaluate(
         self, rows: Iterable[Rows], step: int, on_batch: Callable[[], None], *, should_stop: Callable[[], bool]
     ) -> Evaluation | None:
         """Mean loss over every counted position of `rows`, each once; None when `should_stop` said so on the way."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         counted = 0
-        for each in rows:
+        for number, each in enumerate(rows):
             if should_stop():
                 break
             batch = make_batch(each, article_attention=self.article_attention)
-            (tensors,) = microbatches([batch], device=self.device, dtype=self.loss_dtype)
+            first_rows = self._first_rows(number, [batch])
+            (tensors,) = microbatches([batch], device=self.device, dtype=self.loss_dtype, first_rows=first_rows)
             total += self.program.evaluate(tensors).double() * batch.num_counted
             counted += batch.num_counted
             self.workers.doing(f"evaluating after step {step}")
@@ -181,9 +198,7 @@ class Trainer:
     def _queue(self, step: int, supply: Iterator[Rows], should_stop: Callable[[], bool]) -> _Queued | None:
         """Hand one optimizer step to the device; None when a worker asks to stop before it."""
         self.workers.doing(f"reading rows of step {step}")
-        batches = [
-            make_batch(rows, article_attention=self.article_attention) for rows in islice(supply, self.accumulation)
-        ]
+        batches = self._read(supply)
         counts = (sum(batch.num_counted for batch in batches), sum(batch.num_tokens for batch in batches))
         self.workers.waiting(f"waiting for the others to begin step {step}")
         num_counted, num_tokens, stops = self.workers.sum_counts(*counts, int(should_stop()))
@@ -195,12 +210,31 @@ class Trainer:
             self.parameters, self.recipe.optimizer, self.recipe.settings, step=step, lr=lr, dtype=self.update_dtype
         )
         result = self.program.train_step(
-            microbatches(batches, device=self.device, dtype=self.loss_dtype, num_counted=num_counted),
+            microbatches(
+                batches,
+                device=self.device,
+                dtype=self.loss_dtype,
+                num_counted=num_counted,
+                first_rows=self._first_rows(0, batches),
+            ),
             _to_device(table, self.device),
             self.recipe.max_grad_norm,
         )
         scalars = [result.loss] if result.grad_norm is None else [result.loss, result.grad_norm]
         return _Queued(step, self.count.position(step).epoch, lr, num_tokens, num_counted, _HostCopy(scalars))
+
+    def _read(self, supply: Iterator[Rows]) -> list[Batch]:
+        """This worker's batches of the next step."""
+        rows = islice(supply, self.accumulation)
+        return [make_batch(each, article_attention=self.article_attention) for each in rows]
+
+    def _first_rows(self, number: int, batches: Sequence[Batch]) -> list[int]:
+        """Where this worker's batches, from its batch `number` on, begin in the rows that the loaders deal out."""
+        workers = self.workers
+        return [
+            ((number + index) * workers.world_size + workers.rank) * len(batch.input_ids)
+            for index, batch in enumerate(batches)
+        ]
 
 
 @dataclass(frozen=True)

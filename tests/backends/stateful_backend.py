@@ -41,7 +41,7 @@ class ScaledBackend(Backend):
         return self.matmul_state()
 
     def matmul_state(self) -> dict[str, StateSpec]:
-        return {"max_abs": StateSpec(()), "step": StateSpec((), "int64")}
+        return {"max_abs": StateSpec((), reduce="max"), "step": StateSpec((), "int64", reduce="max")}
 
     def _round(self, x: Tensor, state: State, training: bool) -> tuple[Tensor, State]:
         largest = state["max_abs"]

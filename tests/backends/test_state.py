@@ -7,8 +7,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from backends import collect_state
+from backends.base import StateSpec
+from backends.errors import UserError
 from backends.layers import BackendLinear
-from backends.state import reset_state
+from backends.state import require_calibrated, reset_state, set_first_row
+from tests.backends.delayed_backend import DelayedBackend
 from tests.backends.stateful_backend import ScaledBackend
 
 
@@ -172,3 +175,53 @@ def test_copies_and_pickles_have_state_of_their_own(layer):
         twin(torch.full((2, 4), 9.0))
         assert state_of(twin) == (9.0, 2)
     assert state_of(layer) == (1.0, 1)
+
+
+# ---- ranges that have seen nothing, rows of the step -----------------------------------------------------------------
+
+
+@pytest.fixture
+def delayed() -> BackendLinear:
+    layer = BackendLinear(4, 3)
+    layer.set_backend(DelayedBackend())
+    return layer
+
+
+def test_evaluation_refuses_a_range_that_saw_nothing_and_names_the_layer(delayed):
+    model = nn.ModuleDict({"mlp": delayed})
+    with pytest.raises(UserError, match=r"This layer is not calibrated: least, most of backend .* saw no data yet"):
+        delayed.eval()(torch.ones(2, 4))
+    with pytest.raises(UserError, match="Layer 'mlp' is not calibrated"):
+        require_calibrated(model)
+    delayed.train()(torch.ones(2, 4))
+    require_calibrated(model)
+    delayed.eval()(torch.ones(2, 4))
+
+
+def test_a_new_backend_has_seen_nothing_again(delayed):
+    delayed(torch.ones(2, 4))
+    delayed.eval()(torch.ones(2, 4))
+    delayed.set_backend(DelayedBackend())
+    with pytest.raises(UserError, match="not calibrated"):
+        delayed(torch.ones(2, 4))
+
+
+def test_the_first_row_is_given_and_never_returned(delayed):
+    set_first_row(nn.ModuleDict({"mlp": delayed}), 6)
+    with collect_state() as collected:
+        whole = delayed(torch.ones(8, 4))
+    assert "first_row" not in {name for _, name in collected}
+    set_first_row(delayed, 8)
+    with collect_state():
+        assert torch.equal(delayed(torch.ones(2, 4)), whole[2:4])
+
+
+def test_integers_have_no_mean():
+    with pytest.raises(UserError, match="has no exact mean"):
+        StateSpec((), "int64")
+
+
+def test_a_backend_that_forgets_its_new_state_is_noticed(delayed, monkeypatch):
+    monkeypatch.setattr(DelayedBackend, "linear", lambda self, x, w, b, state, training: (x, {"step": state["step"]}))
+    with pytest.raises(AssertionError, match=r"did not return its new state \['least', 'most', 'mean'\]"):
+        delayed(torch.ones(2, 4))

@@ -82,13 +82,6 @@ def test_input_dtypes_are_those_of_the_manifest(bound: tuple[Any, Binding]) -> N
     assert bound[1].input_dtype("head_train", "grad_scale") == torch.float64
 
 
-def test_new_state_is_written_into_the_buffers(bound: tuple[Any, Binding]) -> None:
-    _, binding = bound
-    binding.tensors["layer.step"] = buffer = torch.tensor(3)
-    binding.commit({"state": {"step": "layer.step"}}, {"new_step": torch.tensor(4), "output": torch.zeros(1)})
-    assert buffer.item() == 4
-
-
 def test_a_model_with_other_parameters_is_refused_before_machine_code_is_loaded(
     tiny: Compiled, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ class GradientReducer:
     parameters to all. before_waiting: called before this worker may have to wait for the others.
     """
 
+    is_alone = False
     widens = True
 
     def __init__(
@@ -93,6 +94,11 @@ class GradientReducer:
     def sum_(self, tensor: Tensor) -> Tensor:
         self.before_waiting()
         dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        self.before_waiting()
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def publish(self, group: int, parameters: Mapping[str, Tensor]) -> None:
