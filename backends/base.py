@@ -32,9 +32,10 @@ class StateSpec:
     one by `reduce`, elementwise, and that is the state after it: the same however a step's rows are dealt. Smallest and
     largest values, moving averages of them and counters are combined exactly by "min" and "max".
 
-    `given`: not the backend's to return, but filled in before each call. "first_row" (int64, shape ()) is the number,
-    within the rows of the step, of the first entry along dim 0 of the layer's input (in a plain PyTorch loop 0): random
-    numbers counted from it do not depend on which worker computes which rows.
+    `given`: not the backend's to return, but filled in for it (int64, shape ()). "first_row" is the number, within the
+    rows of the step, of the first entry along dim 0 of the layer's input (in a plain PyTorch loop 0): random numbers
+    counted from it do not depend on which worker computes which rows. "layer" is a number made of the layer's name:
+    with it, equal layers draw different ones.
 
     An infinite `fill` says that nothing was seen yet. Evaluation with such a state is refused.
     """
@@ -43,7 +44,7 @@ class StateSpec:
     dtype: str = "float32"
     fill: float = 0.0
     reduce: Literal["mean", "min", "max"] = "mean"
-    given: Literal["first_row"] | None = None
+    given: Literal["first_row", "layer"] | None = None
 
     def __post_init__(self) -> None:
         is_mean_of_integers = self.reduce == "mean" and not self.dtype.startswith(("float", "bfloat"))

@@ -126,6 +126,7 @@ def route(
                 layer = BackendLinear.adopt(layer)
             assert isinstance(layer, BackendLinear | BackendAttention)
             layer.set_backend(one.backend)
+            layer.set_layer_name(name)
     return planned
 
 

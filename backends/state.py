@@ -10,6 +10,7 @@ State that has seen nothing yet (a range of infinities) is filled by training fo
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -60,6 +61,7 @@ class Stateful(nn.Module):
     """A layer with buffers for its backend: `.to(dtype)` keeps their dtype, leaving the meta device fills them."""
 
     state_specs: Mapping[str, StateSpec] = MappingProxyType({})
+    _layer_number = 0  # see `set_layer_name`
     _was_calibrated = False  # an evaluation found so; what was seen stays seen
 
     def set_state(self, specs: Mapping[str, StateSpec], device: torch.device | None) -> None:
@@ -69,7 +71,14 @@ class Stateful(nn.Module):
         self.state_specs = specs
         self._was_calibrated = False
         for name, spec in specs.items():
-            self.register_buffer(name, _initial(spec, device), persistent=False)
+            self.register_buffer(name, self._initial(spec, device), persistent=False)
+
+    def set_layer_name(self, name: str) -> None:
+        """Give the backend a number that tells this layer from the model's others: 31 bits of a hash of its name."""
+        self._layer_number = zlib.crc32(name.encode()) & 0x7FFFFFFF
+        for buffer, spec in self.state_specs.items():
+            if spec.given == "layer":
+                self.get_buffer(buffer).fill_(self._layer_number)
 
     def call_with_state(self, compute: Callable[[State], tuple[Tensor, State]]) -> Tensor:
         """Run `compute(state) -> (y, new state)` and keep the new state where it belongs now."""
@@ -119,10 +128,14 @@ class Stateful(nn.Module):
         for name, old in before.items():
             moved = self.get_buffer(name)
             if old.is_meta and not moved.is_meta:
-                setattr(self, name, _initial(self.state_specs[name], moved.device))
+                setattr(self, name, self._initial(self.state_specs[name], moved.device))
             elif moved.dtype != old.dtype:
                 setattr(self, name, old.to(moved.device))
         return self
+
+    def _initial(self, spec: StateSpec, device: torch.device | None) -> Tensor:
+        fill = self._layer_number if spec.given == "layer" else spec.fill
+        return torch.full(spec.shape, fill, dtype=getattr(torch, spec.dtype), device=device)
 
 
 def require_calibrated(model: nn.Module) -> None:
@@ -171,10 +184,6 @@ def device_of(module: nn.Module) -> torch.device | None:
     """The device of the first parameter; None without parameters (then torch's default device applies)."""
     parameter = next(module.parameters(), None)
     return None if parameter is None else parameter.device
-
-
-def _initial(spec: StateSpec, device: torch.device | None) -> Tensor:
-    return torch.full(spec.shape, spec.fill, dtype=getattr(torch, spec.dtype), device=device)
 
 
 def _in_backward() -> bool:

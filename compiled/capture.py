@@ -92,7 +92,7 @@ def capture_stage(
     """
     tensors = sources.stage_tensors(stage)
     inputs = tensors | activations | sources.first_row(stage)
-    state_names = [slot.local for slot in stage.state]
+    state_names = list(stage.reduce)
 
     def forward(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, flat, strict=True))
@@ -101,7 +101,7 @@ def capture_stage(
             *(named[key] for key in activations),
             first_row=named.get("first_row"),
         )
-        # an output must not be one of the inputs: a statistic that did not change is handed on as a copy
+        # nothing is returned in evaluation, where state stays as it is
         return (output, *(new_state[key] if key in new_state else named[key].clone() for key in state_names))
 
     outputs = ["output", *(f"new_{key}" for key in state_names)]

@@ -84,7 +84,7 @@ def capture_head(
     sums = {
         f"sum_{name}": sources.empty(tensors[name].shape, accumulation_dtype(tensors[name].dtype)) for name in trained
     }
-    state_names = [slot.local for slot in stage.state]
+    state_names = list(stage.reduce)
 
     def train(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(train_inputs, flat, strict=True))

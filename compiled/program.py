@@ -129,7 +129,7 @@ class CompiledProgram:
         statistics = Statistics(self.binding.tensors)
         for microbatch in microbatches:
             hidden, _ = self._forward(microbatch, statistics, keep=False)
-            if self.head["state"]:
+            if self.head["reduce"]:
                 self._head_step(hidden, microbatch, statistics)
         statistics.write(self.reducer)
 

@@ -55,8 +55,8 @@ class Slot:
 class Stage:
     """One part of the model with its parameters and state buffers in a fixed order.
 
-    `reduce`: how the new values of a state buffer become one over microbatches and workers. `given`: buffers that the
-    program fills in before each microbatch, all with its `first_row`.
+    `reduce`: how the new values of a state buffer become one over microbatches and workers; buffers without one are
+    constants. `given`: buffers that the program fills in before each microbatch, all with its `first_row`.
     """
 
     path: str
@@ -103,13 +103,14 @@ def stage_of(path: str, module: nn.Module, names: Mapping[int, str], prefixes: M
     state, reduce, given = [], dict[str, str](), list[str]()
     for local, _ in module.named_buffers():
         spec = specs.get(local)
-        if spec is not None and spec.given is not None:
+        if spec is not None and spec.given == "first_row":
             given.append(local)
             continue
         part = next(part for part in prefixes if not part or local.startswith(f"{part}."))
         rest = local.removeprefix(part).removeprefix(".")
         state.append(Slot(local, f"{prefixes[part]}.{rest}"))
-        reduce[local] = "max" if spec is None else spec.reduce  # a buffer of no backend never changes
+        if spec is not None and spec.given is None:
+            reduce[local] = spec.reduce
     return Stage(path, module, parameters, state, reduce, given)
 
 
@@ -124,7 +125,8 @@ def slots(stage: Stage) -> dict[str, Any]:
     }
 
 
-_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+# What a module has besides its settings; two layers that differ only in it trace to the same graph.
+_MODULE_INTERNALS = frozenset(vars(nn.Module())) | {"_layer_number", "_was_calibrated"}
 
 
 def structure(module: nn.Module) -> str:

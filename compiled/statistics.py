@@ -32,11 +32,8 @@ class Statistics:
         """Take the new state from the outputs of one run of a schedule entry; they may be written to from here on."""
         for kind, merge in _MERGE.items():
             values = self._values[kind]
-            given = {
-                full: outputs[f"new_{local}"]
-                for local, full in entry["state"].items()
-                if entry["reduce"][local] == kind
-            }
+            names = [local for local, reduce in entry["reduce"].items() if reduce == kind]
+            given = {entry["state"][local]: outputs[f"new_{local}"] for local in names}
             known = [full for full in given if full in values]
             if known:
                 merge([values[full] for full in known], [given[full] for full in known])

@@ -19,7 +19,7 @@ class DelayedBackend(Backend):
         clamped = torch.where(known, x.clamp(state["least"].to(x.dtype), state["most"].to(x.dtype)), x)
         y = F.linear(clamped, weight, bias)
         places = torch.arange(y.numel(), device=y.device) + state["first_row"] * (y.numel() // y.shape[0])
-        noise = torch.sin((places + state["step"] * 7919).to(y.dtype)).view(y.shape)
+        noise = torch.sin((places + state["step"] * 7919 + state["layer"] % 1009).to(y.dtype)).view(y.shape)
         observed = x.detach()
         new_state = {
             "least": torch.minimum(state["least"], observed.amin().float() * 0.5),
@@ -36,4 +36,5 @@ class DelayedBackend(Backend):
             "mean": StateSpec(()),
             "step": StateSpec((), "int64", reduce="max"),
             "first_row": StateSpec((), "int64", given="first_row"),
+            "layer": StateSpec((), "int64", given="layer"),
         }

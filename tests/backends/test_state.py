@@ -6,11 +6,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from backends import collect_state
+from backends import collect_state, route
 from backends.base import StateSpec
 from backends.errors import UserError
 from backends.layers import BackendLinear
 from backends.state import require_calibrated, reset_state, set_first_row
+from compiled.stages import structure
 from tests.backends.delayed_backend import DelayedBackend
 from tests.backends.stateful_backend import ScaledBackend
 
@@ -214,6 +215,22 @@ def test_the_first_row_is_given_and_never_returned(delayed):
     set_first_row(delayed, 8)
     with collect_state():
         assert torch.equal(delayed(torch.ones(2, 4)), whole[2:4])
+
+
+def test_equal_layers_have_numbers_of_their_own_that_moving_and_a_new_backend_keep():
+    def build(device: str) -> nn.Module:
+        with torch.device(device):
+            model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+        route(model, [{"match": "*", "use": "tests.backends.delayed_backend:DelayedBackend"}])
+        return model
+
+    model, moved = build("cpu"), build("meta").to_empty(device="cpu")
+    moved[0].set_backend(DelayedBackend())
+    assert model[0].layer != model[1].layer
+    assert [layer.layer.item() for layer in moved] == [layer.layer.item() for layer in model]
+    moved[0].weight.data.copy_(model[1].weight.data.copy_(model[0].weight.data))
+    assert not torch.equal(model[0](torch.ones(2, 4)), model[1](torch.ones(2, 4)))
+    assert structure(model[0]) == structure(model[1]), "they still share a compiled region"
 
 
 def test_integers_have_no_mean():

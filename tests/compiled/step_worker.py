@@ -18,6 +18,7 @@ from apps.training.hyperparameters import hyperparameter_table
 from apps.training.step_plan import StepPlan, plan_step
 from apps.training.workers.reducer import GradientReducer
 from backends.precision import as_torch
+from backends.routing import route
 from compiled.artifact import open_artifact
 from compiled.program import CompiledProgram
 from compiled.reduction import Reducer
@@ -43,12 +44,16 @@ def share(batch: dict[str, Tensor], rank: int, world_size: int, accumulation: in
     """The worker's microbatches: consecutive rows, so that the first worker of four has no counted position."""
     chunks = [tensor.chunk(world_size * accumulation) for tensor in batch.values()]
     parts = [dict(zip(batch, tensors, strict=True)) for tensors in zip(*chunks, strict=True)]
+    for number, part in enumerate(parts):
+        part["first_row"] = torch.tensor(number * len(part["input_ids"]))
     return parts[rank * accumulation : (rank + 1) * accumulation]
 
 
 def build(settings: list[str], artifact: str, reducer: Reducer) -> tuple[StepPlan, Any, CompiledProgram]:
-    plan = plan_step(parse(settings))
+    config = parse(settings)
+    plan = plan_step(config)
     model = modelzoo.build_model(plan.model_config, dtype=plan.precision.parameters, seed=1).train()
+    route(model, config.backend.rules)
     moments = as_torch(plan.precision.moments)
     opened = open_artifact(Path(artifact))
     return plan, model, CompiledProgram(opened, model, moments_dtype=moments, master_dtype=None, reducer=reducer)
@@ -78,6 +83,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]
         "gradients": gradients,
         "losses": torch.stack([step.loss for step in steps]),
         "norms": [step.grad_norm for step in steps],
+        "buffers": dict(model.named_buffers()),
         "weights": {name: weight.detach() for name, weight in model.named_parameters()},
         "state": program.optimizer_state(),
     }

@@ -14,16 +14,22 @@ from apps.training.eager_program import EagerProgram
 from tests.compiled.conftest import Compile, Compiled
 from tests.compiled.step_worker import STEPS, table, whole_batch
 
+# Statistics that the whole batch decides, and noise that a row's place in it decides.
+STATEFUL = ({"match": "*_proj", "use": "tests.backends.delayed_backend:DelayedBackend"},)
 CASES = {
-    f"{dtype}-{accumulation}{'-sharded' if shards else ''}-{clip}": (dtype, accumulation, shards, clip)
-    for dtype, accumulation, shards, clip in (
-        ("float64", 1, False, None),
-        ("float64", 4, False, 0.3),
-        ("float64", 1, True, 0.3),
-        ("float64", 4, True, None),
-        ("float32", 1, False, 0.3),
-        ("float32", 4, False, None),
-        ("float32", 1, True, None),
+    f"{dtype}-{accumulation}{'-sharded' if shards else ''}{'-stateful' if rules else ''}-{clip}": (
+        (dtype, accumulation, shards, clip, rules)
+    )
+    for dtype, accumulation, shards, clip, rules in (
+        ("float64", 1, False, None, ()),
+        ("float64", 4, False, 0.3, ()),
+        ("float64", 1, True, 0.3, ()),
+        ("float64", 4, True, None, ()),
+        ("float32", 1, False, 0.3, ()),
+        ("float32", 4, False, None, ()),
+        ("float32", 1, True, None, ()),
+        ("float64", 1, True, None, STATEFUL),
+        ("float64", 4, False, 0.3, STATEFUL),
     )
 }
 GRADIENTS = {"float64": 1e-12, "float32": 1e-5}
@@ -37,8 +43,8 @@ def job(request: pytest.FixtureRequest, compile_step: Compile, tmp_path_factory:
     """Runs every case with that many workers."""
     world_size, folder = request.param, tmp_path_factory.mktemp("job")
     cases = {}
-    for name, (dtype, accumulation, shards, clip) in CASES.items():
-        compiled = compile_step(f"model.dtype={dtype}")
+    for name, (dtype, accumulation, shards, clip, rules) in CASES.items():
+        compiled = compile_step(f"model.dtype={dtype}", rules=rules)
         cases[name] = {
             "settings": settings_of(compiled),
             "artifact": str(compiled.artifact.path),
@@ -70,6 +76,7 @@ def settings_of(compiled: Compiled) -> list[str]:
         f"training.batch_size={spec.batch_size}",
         f"model.max_seq_length={spec.max_seq_length}",
         "compile.arch=cpu",
+        f"backend.rules={json.dumps(compiled.rules)}",
     ]
 
 
@@ -93,8 +100,8 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.slow
 def test_workers_together_equal_one_process(job: tuple[int, Results], compile_step: Compile) -> None:
     world_size, results = job
-    for name, (dtype, accumulation, _, clip) in CASES.items():
-        compiled = compile_step(f"model.dtype={dtype}")
+    for name, (dtype, accumulation, _, clip, rules) in CASES.items():
+        compiled = compile_step(f"model.dtype={dtype}", rules=rules)
         rows = compiled.plan.spec.batch_size * world_size * accumulation
         gradients, steps, model = in_one_process(compiled, rows, clip)
         found: dict[str, Tensor] = {}
@@ -108,6 +115,9 @@ def test_workers_together_equal_one_process(job: tuple[int, Results], compile_st
                     assert norm.item() == pytest.approx(expected.grad_norm.item(), rel=LOSSES[dtype])
             for key, weight in model.named_parameters():
                 assert distance(worker["weights"][key], weight) <= 100 * LOSSES[dtype], (name, key)
+            for key, buffer in model.named_buffers():
+                if not key.endswith("first_row"):
+                    torch.testing.assert_close(worker["buffers"][key], buffer, rtol=1e-6, atol=1e-7, msg=key)
         assert found.keys() == gradients.keys()
 
 
@@ -121,7 +131,7 @@ def test_all_workers_have_the_same_weights_bit_for_bit(job: tuple[int, Results])
 @pytest.mark.slow
 def test_sharded_optimizer_state_lies_on_one_worker_each(job: tuple[int, Results]) -> None:
     world_size, results = job
-    for name, (_, _, shards, _) in CASES.items():
+    for name, (_, _, shards, _, _) in CASES.items():
         held = [key for worker in results[name] for key in worker["state"]]
         assert len(held) == len(set(held)) * (1 if shards else world_size)
         if shards and world_size <= 2:  # two blocks and the ends: three groups
