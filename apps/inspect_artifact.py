@@ -93,10 +93,10 @@ def schedule_text(artifact: Artifact) -> str:
     from backends.routing_table import plain_table
 
     schedule = artifact.manifest["schedule"]
-    ends = schedule["updates"][-1]["direct"] or "–"
+    *of_blocks, of_head, of_embed = (group["direct"] or "–" for group in schedule["updates"])
     folded: list[tuple[tuple[str, str, str], list[int]]] = []
-    for index, (block, group) in enumerate(zip(schedule["blocks"], schedule["updates"][:-1], strict=True)):
-        row = (block["forward"], block["backward"], group["direct"] or "–")
+    for index, (block, update) in enumerate(zip(schedule["blocks"], of_blocks, strict=True)):
+        row = (block["forward"], block["backward"], update)
         if not folded or folded[-1][0] != row:
             folded.append((row, []))
         folded[-1][1].append(index)
@@ -105,9 +105,9 @@ def schedule_text(artifact: Artifact) -> str:
     return plain_table(
         [
             ("part", "forward", "backward", "update"),
-            ("embed", embed["forward"], embed["backward"] or "–", ends),
+            ("embed", embed["forward"], embed["backward"] or "–", of_embed),
             *blocks,
-            ("head", f"{head['train']} × {head['chunks']}", "(the same)", ends),
+            ("head", f"{head['train']} × {head['chunks']}", "(the same)", of_head),
         ]
     )
 

@@ -4,7 +4,8 @@
     mpirun -np 2 python benchmarks/overlap.py compile.arch=cpu SETTINGS run.num_threads=1 [picture=docs/overlap.png]
 
 Random tokens, no clipping. Regions are timed around their calls; a sum from the moment its bucket is sent until gloo
-reports that it is done. Prints the share of the time of sums that lies under regions.
+reports that it is done. Prints the share of the time of sums that lies under regions, and how long the last one lies
+bare behind the last backward.
 """
 
 import json
@@ -49,7 +50,7 @@ def watch_a_step(config, plan, workers) -> tuple[list[Span], list[Span]]:
     regions: list[Span] = []
     sums: list[Span] = []
     watch_regions(program.binding, regions)
-    watch_sums(program.reducer, sums)
+    watch_sums(program, sums)
     for _ in range(3):
         workers.barrier()
         regions.clear()
@@ -70,24 +71,30 @@ def watch_regions(binding, spans: list[Span]) -> None:
     binding.run = timed
 
 
-def watch_sums(reducer, spans: list[Span]) -> None:
+def watch_sums(program, spans: list[Span]) -> None:
+    from torch.futures import collect_all
+
+    reducer, ends = program.reducer, {program.head_group: "head", program.embed_group: "embed"}
     send = reducer._send
 
     def timed() -> None:
         begin = time.perf_counter()
         send()
         bucket = reducer._travelling[-1]
-        groups = "+".join(str(group) for group, _ in bucket.groups)
-        bucket.work.get_future().then(lambda _: spans.append((groups, begin, time.perf_counter())))
+        groups = "+".join(ends.get(group, str(group)) for group, _ in bucket.groups)
+        done = collect_all([work.get_future() for work in bucket.works])
+        done.then(lambda _: spans.append((groups, begin, time.perf_counter())))
 
     reducer._send = timed
 
 
 def hidden(regions: list[Span], sums: list[Span]) -> dict[str, float]:
-    """The share of the sums' time in which a region runs."""
+    """The share of the sums' time in which a region runs, and what follows the last backward."""
     total = sum(end - begin for _, begin, end in sums)
     under = sum(max(0.0, min(end, stop) - max(begin, start)) for _, begin, end in sums for _, start, stop in regions)
-    return {"sums_ms": round(total * 1e3, 1), "under_regions": round(under / total, 3)}
+    backward = max(stop for name, _, stop in regions if "backward" in name)
+    bare = max(end for _, _, end in sums) - backward
+    return {"sums_ms": round(total * 1e3, 1), "under_regions": round(under / total, 3), "bare_ms": round(bare * 1e3, 1)}
 
 
 def draw(regions: list[Span], sums: list[Span], path: Path) -> None:

@@ -5,8 +5,8 @@
 
 Random tokens, AdamW, no clipping, the CUDA graph on a GPU. The first worker prints one JSON line: the slowest worker's
 median time of a step and the tokens of all per second. `save=1` adds, for one of the steps, a checkpoint that is
-written meanwhile, and prints how much of a step it took. `trace=FILE` adds the profiler's trace of two steps
-(without the graph), for `benchmarks/draw_overlap.py`.
+written meanwhile, and prints how much of a step it took. `trace=FILE` writes the profiler's trace of two steps
+(without the graph), to look at in Perfetto or chrome://tracing.
 """
 
 import json

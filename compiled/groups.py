@@ -1,5 +1,8 @@
-"""Parameters that are updated together: one group for each block, and one for the two ends (embedding, final norm,
-projection).
+"""Parameters that are updated together: a group for each block, one for the head (final norm, projection), one for the
+embedding.
+
+The head's gradients are final before any block's, the embedding's behind all of them; a tied weight belongs to the
+embedding, since both uses add to its gradient.
 
 A group's gradients come in the dtype its backward gives; gradients summed over microbatches come in at least float32.
 Where the two differ (bfloat16 parameters) a group has two regions, `direct` and `summed`, so that accumulation stays a
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from backends.precision import PrecisionPolicy, as_torch
 from compiled.capture import Captured, Sources
@@ -40,19 +44,39 @@ def block_group(stage: Stage) -> Group:
     )
 
 
-def ends_group(embed: Stage, head: Stage, chunks: int) -> Group:
-    """The trained parameters of both ends, by their full names; a tied weight once.
+def head_group(embed: Stage, head: Stage, chunks: int) -> Group:
+    """The trained parameters of the head that are not the embedding's too, by their full names.
 
-    Gradients that are summed within a microbatch (over several head chunks, or over both uses of a tied weight) are
-    wider.
+    Gradients summed over several chunks are wider.
     """
-    shapes, direct = {}, {}
-    for stage in (embed, head):
-        for slot, parameter in stage.trained_parameters().items():
-            summed = slot.full in shapes or (stage is head and chunks > 1)
-            shapes[slot.full] = tuple(parameter.shape)
-            direct[slot.full] = accumulation_dtype(parameter.dtype) if summed else parameter.dtype
-    return Group(shapes, direct, {name: name for name in shapes})
+    parameters = {slot.full: p for slot, p in head.trained_parameters().items() if slot.full not in _names(embed)}
+    return _end_group(parameters, chunks > 1)
+
+
+def embed_group(embed: Stage, head: Stage) -> Group:
+    """The trained parameters of the embedding, by their full names; a tied weight's gradient is a sum, and wider."""
+    parameters = {slot.full: p for slot, p in embed.trained_parameters().items()}
+    return _end_group(parameters, not _names(embed).isdisjoint(_names(head)))
+
+
+def lookup_rows(embed: Stage, head: Stage) -> int | None:
+    """How many rows an embedding has whose gradient is zero but for those looked up; None for a tied or frozen one."""
+    names = _names(embed)
+    if not isinstance(embed.module, nn.Embedding) or not names or not names.isdisjoint(_names(head)):
+        return None
+    return embed.module.num_embeddings
+
+
+def _end_group(parameters: dict[str, nn.Parameter], is_sum: bool) -> Group:
+    return Group(
+        {full: tuple(p.shape) for full, p in parameters.items()},
+        {full: accumulation_dtype(p.dtype) if is_sum else p.dtype for full, p in parameters.items()},
+        {full: full for full in parameters},
+    )
+
+
+def _names(stage: Stage) -> set[str]:
+    return {slot.full for slot in stage.trained_parameters()}
 
 
 def add_updates(
@@ -65,13 +89,14 @@ def add_updates(
     policy: PrecisionPolicy,
     sources: Sources,
 ) -> list[dict[str, Any]]:
-    """Capture the update of every distinct group; returns a schedule entry for each block and, last, for the ends."""
+    """Capture the update of every distinct group; returns a schedule entry for each block, the head, the embedding."""
     known: dict[str, dict[str, str | None]] = {}
     entries = []
-    for index, group in enumerate([*map(block_group, blocks), ends_group(embed, head, chunks)]):
+    ends = {"update_head": head_group(embed, head, chunks), "update_embed": embed_group(embed, head)}
+    for label, group in [*((None, block_group(block)) for block in blocks), *ends.items()]:
         kind = repr((group.shapes, group.direct))
         if kind not in known:
-            label = "update_ends" if index == len(blocks) else f"update_{len(known)}"
+            label = label or f"update_{len(known)}"
             known[kind] = _capture_group(regions, label, group, optimizer, policy, sources)
         entries.append(known[kind] | {"parameters": group.names})
     return entries

@@ -2,7 +2,7 @@
 
 forward    embed → block 0 … block L-1, keeping what each backward needs (with recompute: each block's input only)
 head       a chunk of tokens at a time: loss, gradients of the hidden states, of the norm, of the projection
-backward   block L-1 … block 0 → embed; as soon as a group's gradients are final they go to the sink
+backward   block L-1 … block 0 → embed; as soon as a group's gradients are final they go to the sink: the head's first
 reduce     a group's gradients are summed over the workers while the blocks below run backward
 update     a group at a time, in place
 
@@ -59,6 +59,7 @@ class CompiledProgram:
         self.spec = artifact.spec
         schedule = artifact.manifest["schedule"]
         self.embed, self.blocks, self.head = schedule["embed"], schedule["blocks"], schedule["head"]
+        self.head_group, self.embed_group = len(self.blocks), len(self.blocks) + 1  # behind those of the blocks
         self.model: StagedModel = model  # type: ignore[assignment]
         self.device = next(model.parameters()).device
         cos, sin = self.model.rotary_tables(self.spec["max_seq_length"], self.device)
@@ -155,6 +156,9 @@ class CompiledProgram:
         """
         gathered: dict[int, Gradients] = {}
         losses = []
+        if self.embed["lookup_rows"] is not None:
+            ids = [microbatch["input_ids"] for microbatch in microbatches]
+            self.reducer.expect_rows(self.embed_group, ids, self.embed["lookup_rows"])
         for number, microbatch in enumerate(microbatches, start=1):
             is_last = number == len(microbatches)
 
@@ -177,6 +181,9 @@ class CompiledProgram:
         run = self.binding.run
         hidden, stash = self._forward(microbatch, statistics, keep=True)
         loss, grad, ends = self._head_step(hidden, microbatch, statistics)
+        # final but for a tied weight, to which the embedding adds; on their way during the whole backward
+        final = self.updater.groups[self.head_group]["parameters"].values()
+        sink(self.head_group, {full: ends.pop(full) for full in final})
         for index in reversed(range(len(self.blocks))):
             block = self.blocks[index]
             inputs, kept = stash.pop()
@@ -187,7 +194,7 @@ class CompiledProgram:
             sink(index, {block["parameters"][local]: results[f"grad_{local}"] for local in block["trained"]})
         ((embed_inputs, embedded),) = stash
         self._embed_backward(embed_inputs | (embedded or {}), grad, ends)
-        sink(len(self.blocks), ends)
+        sink(self.embed_group, ends)
         return loss
 
     def _forward(

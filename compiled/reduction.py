@@ -24,8 +24,14 @@ class Reducer(Protocol):
     def owns(self, group: int) -> bool:
         """Whether this worker keeps the group's optimizer state and updates it."""
 
+    def expect_rows(self, group: int, rows: Sequence[Tensor], num_rows: int) -> None:
+        """Told early in a step: the gradients of a group, [`num_rows`, …] each, are zero here outside these rows.
+
+        `rows`: integers of any shape, repeated or not. Holds for the group's next `start`.
+        """
+
     def start(self, group: int, gradients: Gradients) -> None:
-        """Begin to sum; the tensors belong to the reducer from here on."""
+        """Begin to sum; the tensors, and the dict, belong to the reducer from here on."""
 
     def finished(self, *, everything: bool) -> Iterator[tuple[int, Gradients]]:
         """Groups summed so far (no gradients for one that another worker owns); with `everything`, waits for the rest.
@@ -59,6 +65,9 @@ class OneWorker:
 
     def owns(self, group: int) -> bool:
         return True
+
+    def expect_rows(self, group: int, rows: Sequence[Tensor], num_rows: int) -> None:
+        pass
 
     def start(self, group: int, gradients: Gradients) -> None:
         self._summed.append((group, gradients))

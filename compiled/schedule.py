@@ -14,7 +14,7 @@ from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.capture import Captured, Sources, capture_stage
 from compiled.capture_parts import Optimizer, capture_head, head_stage
-from compiled.groups import add_updates
+from compiled.groups import add_updates, lookup_rows
 from compiled.spec import StepSpec
 from compiled.stages import Stage, StagedModel, make_stage, slots, structure
 
@@ -72,6 +72,7 @@ def _capture_step(
         regions[captured.spec.name] = captured
     schedule.head = {"train": "head_train", "evaluate": "head_evaluate", "chunks": spec.head_chunks} | slots(head)
 
+    schedule.embed["lookup_rows"] = lookup_rows(embed, head)
     schedule.updates = add_updates(regions, blocks, embed, head, spec.head_chunks, optimizer, policy, sources)
     return regions, schedule
 

@@ -86,11 +86,11 @@ def test_the_schedule_folds_equal_neighbours(artifact: Path, capsys: pytest.Capt
     rows = section(shown(capsys, str(artifact)), "Schedule")
     assert rows == [
         ["part", "forward", "backward", "update"],
-        ["embed", "embed_forward", "embed_backward", "update_ends"],
+        ["embed", "embed_forward", "embed_backward", "update_embed"],
         ["block 0 … 1", "block_0_forward", "block_0_backward", "update_0"],
         ["block 2", "block_1_forward", "block_1_backward", "update_0"],
         ["block 3", "block_0_forward", "block_0_backward", "update_0"],
-        ["head", "head_train × 4", "(the same)", "update_ends"],
+        ["head", "head_train × 4", "(the same)", "update_head"],
     ]
 
 

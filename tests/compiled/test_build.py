@@ -94,7 +94,7 @@ def test_debug_keeps_the_graphs(plan_of: PlanOf, tmp_path: Path) -> None:
     plan = plan_of()
     build(plan.model, plan.spec, plan.optimizer, plan.precision, debug=tmp_path / "kept")
     names = {path.name for path in (tmp_path / "kept" / "graphs").iterdir()}
-    assert {"embed_forward.txt", "block_0_backward.txt", "head_train.txt", "update_ends.txt"} <= names
+    assert {"embed_forward.txt", "block_0_backward.txt", "head_train.txt", "update_head.txt"} <= names
 
 
 def costs(plan: StepPlan) -> tuple[dict[str, int], dict[str, RegionSpec], Schedule]:

@@ -9,7 +9,7 @@ from apps.training.step_plan import StepPlan
 from compiled import lowering
 from compiled.capture import Captured, Sources
 from compiled.capture_parts import head_stage
-from compiled.groups import add_updates, block_group, ends_group
+from compiled.groups import add_updates, block_group, embed_group, head_group, lookup_rows
 from compiled.stages import make_stage
 
 PlanOf = Callable[..., StepPlan]
@@ -31,8 +31,8 @@ def gradient_dtypes(captured: Captured) -> set[str]:
 def test_equal_blocks_share_one_update_and_every_parameter_is_updated_once(plan_of: PlanOf) -> None:
     plan = plan_of(num_hidden_layers=4)
     regions, entries = updates(plan)
-    assert list(regions) == ["update_0", "update_ends"]
-    assert [entry["direct"] for entry in entries] == ["update_0"] * 4 + ["update_ends"]
+    assert list(regions) == ["update_0", "update_head", "update_embed"]
+    assert [entry["direct"] for entry in entries] == ["update_0"] * 4 + ["update_head", "update_embed"]
     updated = [name for entry in entries for name in entry["parameters"].values()]
     assert sorted(updated) == sorted(name for name, _ in plan.model.named_parameters())
 
@@ -48,28 +48,32 @@ def test_bfloat16_gradients_come_direct_or_summed_in_float32(plan_of: PlanOf) ->
     assert [(entry["direct"], entry["summed"]) for entry in entries] == [
         ("update_0", "update_0_summed"),
         ("update_0", "update_0_summed"),
-        ("update_ends", "update_ends_summed"),
+        ("update_head", "update_head_summed"),
+        ("update_embed", "update_embed_summed"),
     ]
     assert gradient_dtypes(regions["update_0"]) == {"bfloat16"}
     assert gradient_dtypes(regions["update_0_summed"]) == {"float32"}
 
 
-def test_a_tied_weight_is_one_parameter_whose_two_gradients_are_summed(plan_of: PlanOf) -> None:
+def test_a_tied_weight_is_the_embeddings_where_its_two_gradients_are_summed(plan_of: PlanOf) -> None:
     plan = plan_of("model.dtype=bfloat16", tie_word_embeddings=True)
-    group = ends_group(make_stage(plan.model, "model.embed_tokens"), head_stage(plan.model), chunks=1)
-    assert group.direct == {"model.embed_tokens.weight": torch.float32, "model.norm.weight": torch.bfloat16}
-    assert group.summed == dict.fromkeys(group.direct, torch.float32)
-    assert group.shapes["model.embed_tokens.weight"] == (96, 32)
+    embed, head = make_stage(plan.model, "model.embed_tokens"), head_stage(plan.model)
+    group = embed_group(embed, head)
+    assert group.direct == group.summed == {"model.embed_tokens.weight": torch.float32}
+    assert group.shapes == {"model.embed_tokens.weight": (96, 32)}
+    assert head_group(embed, head, chunks=1).direct == {"model.norm.weight": torch.bfloat16}
+    assert lookup_rows(embed, head) is None
 
 
 def test_several_head_chunks_sum_the_heads_gradients_and_not_the_embeddings(plan_of: PlanOf) -> None:
     plan = plan_of("model.dtype=bfloat16")
-    group = ends_group(make_stage(plan.model, "model.embed_tokens"), head_stage(plan.model), chunks=4)
-    assert group.direct == {
-        "model.embed_tokens.weight": torch.bfloat16,
+    embed, head = make_stage(plan.model, "model.embed_tokens"), head_stage(plan.model)
+    assert head_group(embed, head, chunks=4).direct == {
         "model.norm.weight": torch.float32,
         "lm_head.weight": torch.float32,
     }
+    assert embed_group(embed, head).direct == {"model.embed_tokens.weight": torch.bfloat16}
+    assert lookup_rows(embed, head) == 96
 
 
 def test_frozen_parameters_are_in_no_group(plan_of: PlanOf) -> None:
@@ -79,6 +83,6 @@ def test_frozen_parameters_are_in_no_group(plan_of: PlanOf) -> None:
     plan.model.model.layers[2].mlp.requires_grad_(False)
     assert block_group(make_stage(plan.model, "model.layers.1")).shapes == {}
     regions, entries = updates(plan)
-    assert [entry["direct"] for entry in entries] == ["update_0", None, "update_2", "update_ends"]
+    assert [entry["direct"] for entry in entries] == ["update_0", None, "update_2", "update_head", "update_embed"]
     assert entries[1]["parameters"] == {}
     assert not any(".mlp." in spec.name for spec in regions["update_2"].spec.inputs)

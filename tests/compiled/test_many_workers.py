@@ -134,5 +134,5 @@ def test_sharded_optimizer_state_lies_on_one_worker_each(job: tuple[int, Results
     for name, (_, _, shards, _, _) in CASES.items():
         held = [key for worker in results[name] for key in worker["state"]]
         assert len(held) == len(set(held)) * (1 if shards else world_size)
-        if shards and world_size <= 2:  # two blocks and the ends: three groups
+        if shards and world_size <= 2:  # two blocks, head, embedding: four groups
             assert all(worker["state"] for worker in results[name])

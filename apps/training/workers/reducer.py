@@ -7,25 +7,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from apps.training.workers.bucket import Bucket, TouchedRows, views
 from compiled.reduction import Gradients
 
-
-@dataclass
-class _Bucket:
-    """Groups whose gradients travel together; `owner` is who gets the sum, None: everybody."""
-
-    owner: int | None
-    groups: list[tuple[int, Gradients]] = field(default_factory=list)
-    nbytes: int = 0
-    flat: Tensor | None = None
-    work: Any = None
+SHARE = 8  # a bucket is sent with an eighth of all bytes at the latest, so that a small model has something to overlap
 
 
 @dataclass
@@ -41,8 +33,9 @@ class GradientReducer:
     """A `compiled.reduction.Reducer` over a torch process group.
 
     dtype: what gradients are summed in; None: their own, at least float32. bucket_bytes: how many are gathered before
-    a sum is started. shards: ZeRO-1, each group is summed for, kept and updated by one worker, which then sends the
-    parameters to all. before_waiting: called before this worker may have to wait for the others.
+    a sum is started, or an eighth of all if that is less. shards: ZeRO-1, each group is summed for, kept and updated by
+    one worker, which then sends the parameters to all. before_waiting: called before this worker may have to wait for
+    the others.
     """
 
     is_alone = False
@@ -63,33 +56,51 @@ class GradientReducer:
         self.dtype, self.bucket_bytes, self.shards = dtype, bucket_bytes, shards
         self.before_waiting = before_waiting
         self.owners: list[int] = []
-        self._filling: _Bucket | None = None
-        self._travelling: deque[_Bucket] = deque()
+        self._touched: dict[int, TouchedRows] = {}
+        self._started = 0
+        self._filling: Bucket | None = None
+        self._travelling: deque[Bucket] = deque()
         self._published: list[_Parcel] = []
 
     def assign(self, group_bytes: Sequence[int]) -> None:
         """Give each group to the worker that has least so far, the largest first: all workers find the same."""
         self.owners = assign_owners(group_bytes, self.world_size)
+        self.bucket_bytes = min(self.bucket_bytes, sum(group_bytes) // SHARE)
 
     def owns(self, group: int) -> bool:
         return not self.shards or self.owners[group] == self.rank
+
+    def expect_rows(self, group: int, rows: Sequence[Tensor], num_rows: int) -> None:
+        if rows[0].device.type == "cpu":  # the host of a GPU would have to wait for their number
+            self._touched[group] = TouchedRows(rows, num_rows, self.group)
 
     def start(self, group: int, gradients: Gradients) -> None:
         owner = self.owners[group] if self.shards else None
         if self._filling is not None and self._filling.owner != owner:
             self._send()
-        bucket = self._filling = self._filling or _Bucket(owner)
-        bucket.groups.append((group, gradients))
-        bucket.nbytes += sum(gradient.numel() * self._dtype_of(gradient).itemsize for gradient in gradients.values())
-        if bucket.nbytes >= self.bucket_bytes:
+        self._filling = self._filling or Bucket(owner, self.dtype)
+        self._filling.add(group, gradients, self._rows_of(group))
+        self._started += 1
+        # Behind the last group nothing is computed any more: what was gathered so far goes before it.
+        if self._filling.nbytes >= self.bucket_bytes or self._started == len(self.owners) - 1:
             self._send()
 
     def finished(self, *, everything: bool) -> Iterator[tuple[int, Gradients]]:
-        """Without `everything`: the buckets before the last one sent. That one travels while the next are computed."""
-        if everything and self._filling is not None:
-            self._send()
-        while len(self._travelling) > (0 if everything else 1):
-            yield from self._receive(self._travelling.popleft())
+        """Without `everything`: at most one bucket, the oldest if at least its own number of bytes was sent behind it.
+
+        So one of equals travels while the next is computed, and a large one while several small ones are.
+        """
+        if everything:
+            self._started = 0
+            if self._filling is not None:
+                self._send()
+        due = len(self._travelling) if everything else int(self._is_due())
+        for _ in range(due):
+            bucket = self._travelling.popleft()
+            self.before_waiting()
+            is_mine = bucket.owner is None or bucket.owner == self.rank
+            for group, summed in bucket.receive():
+                yield group, summed if is_mine else {}
 
     def sum_(self, tensor: Tensor) -> Tensor:
         self.before_waiting()
@@ -117,38 +128,27 @@ class GradientReducer:
         for parcel in self._published:
             self.before_waiting()
             parcel.work.wait()
-            _unpack(parcel.flat, parcel.targets)
+            if parcel.targets:
+                torch._foreach_copy_(parcel.targets, views(parcel.flat, parcel.targets))
         self._published.clear()
 
-    def _dtype_of(self, gradient: Tensor) -> torch.dtype:
-        return torch.promote_types(gradient.dtype, torch.float32) if self.dtype is None else self.dtype
+    def _rows_of(self, group: int) -> Tensor | None:
+        """The rows of a group that have to travel; None: all of them."""
+        touched = self._touched.pop(group, None)
+        if touched is None:
+            return None
+        self.before_waiting()
+        return touched.few()
 
     def _send(self) -> None:
-        """Start the sum of the bucket that was being filled."""
         bucket, self._filling = self._filling, None
         assert bucket is not None
-        tensors = [gradient for _, gradients in bucket.groups for gradient in gradients.values()]
-        if tensors:
-            dtype = max((self._dtype_of(gradient) for gradient in tensors), key=lambda dtype: dtype.itemsize)
-            bucket.flat = torch.empty(sum(map(torch.numel, tensors)), dtype=dtype, device=tensors[0].device)
-            torch._foreach_copy_(_views(bucket.flat, tensors), tensors)
-            if bucket.owner is None:
-                bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
-            else:
-                bucket.work = dist.reduce(bucket.flat, group=self.group, group_dst=bucket.owner, async_op=True)
+        bucket.send(self.group, self.bucket_bytes)
         self._travelling.append(bucket)
 
-    def _receive(self, bucket: _Bucket) -> Iterator[tuple[int, Gradients]]:
-        """The groups of a bucket, once it has been summed, as views into it."""
-        if bucket.work is not None:
-            self.before_waiting()
-            bucket.work.wait()
-        is_mine = bucket.owner is None or bucket.owner == self.rank
-        tensors = [gradient for _, gradients in bucket.groups for gradient in gradients.values()]
-        summed = iter(_views(bucket.flat, tensors) if bucket.flat is not None else [])
-        for group, gradients in bucket.groups:
-            wide = {name: _widened(next(summed)) for name in gradients}
-            yield group, wide if is_mine else {}
+    def _is_due(self) -> bool:
+        behind = sum(bucket.nbytes for bucket in list(self._travelling)[1:])
+        return len(self._travelling) > 1 and behind >= self._travelling[0].nbytes
 
 
 def assign_owners(group_bytes: Sequence[int], world_size: int) -> list[int]:
@@ -160,18 +160,3 @@ def assign_owners(group_bytes: Sequence[int], world_size: int) -> list[int]:
         owners[group] = owner
         loads[owner] += group_bytes[group]
     return owners
-
-
-def _views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Pieces of `flat`, one behind the other, in the shapes of `like`."""
-    pieces = flat.split([tensor.numel() for tensor in like])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
-
-
-def _unpack(flat: Tensor, targets: Sequence[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(list(targets), _views(flat, targets))
-
-
-def _widened(gradient: Tensor) -> Tensor:
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))

@@ -23,9 +23,9 @@ def gradients(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     return {"weight": torch.arange(6.0).view(2, 3).to(dtype), "bias": torch.tensor([7.0]).to(dtype)}
 
 
-def reducer(group: dist.ProcessGroup, **options: object) -> GradientReducer:
+def reducer(group: dist.ProcessGroup, num_groups: int = 3, **options: object) -> GradientReducer:
     made = GradientReducer(group, rank=0, world_size=1, **options)
-    made.assign([28, 28, 28])
+    made.assign([28] * num_groups)
     return made
 
 
@@ -42,7 +42,7 @@ def test_the_bucket_sent_last_travels_while_the_next_is_computed(alone: dist.Pro
 
 
 def test_small_groups_travel_together_and_come_out_as_they_went_in(alone: dist.ProcessGroup) -> None:
-    whole = reducer(alone, bucket_bytes=2**20)
+    whole = reducer(alone, num_groups=32, bucket_bytes=2**20)
     for group in (2, 1, 0):
         whole.start(group, gradients())
         assert list(whole.finished(everything=False)) == []
@@ -51,6 +51,38 @@ def test_small_groups_travel_together_and_come_out_as_they_went_in(alone: dist.P
     for summed in found.values():
         assert all(torch.equal(summed[name], gradient) for name, gradient in gradients().items())
         assert all(tensor.is_contiguous() for tensor in summed.values())
+
+
+def test_a_bucket_is_sent_with_an_eighth_of_all_at_the_latest(alone: dist.ProcessGroup) -> None:
+    each = reducer(alone, num_groups=16, bucket_bytes=2**20)
+    for group in (15, 14, 13):
+        each.start(group, gradients())
+        assert list(each.finished(everything=False)) == []
+    each.start(12, gradients())
+    assert [group for group, _ in each.finished(everything=False)] == [15, 14]  # one bucket
+
+
+def test_a_large_group_travels_under_as_many_bytes_of_small_ones(alone: dist.ProcessGroup) -> None:
+    each = reducer(alone, num_groups=5)
+    each.start(3, {"projection": torch.ones(3, 7)})  # the bytes of three others
+    for group in (2, 1):
+        each.start(group, gradients())
+        assert list(each.finished(everything=False)) == []
+    each.start(0, gradients())
+    assert [group for group, _ in each.finished(everything=False)] == [3]
+    assert [group for group, _ in each.finished(everything=True)] == [2, 1, 0]
+
+
+def test_nothing_waits_for_the_last_group(alone: dist.ProcessGroup) -> None:
+    each = reducer(alone, num_groups=16)
+    for _ in range(2):  # two steps
+        for group in range(14):
+            each.start(group, gradients())
+        list(each.finished(everything=False))
+        each.start(14, {"weight": torch.ones(1)})  # far from a bucket, but what follows is the last
+        assert each._filling is None
+        each.start(15, gradients())
+        assert [group for group, _ in each.finished(everything=True)][-2:] == [14, 15]
 
 
 @pytest.mark.parametrize(

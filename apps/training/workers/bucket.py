@@ -1,0 +1,105 @@
+"""Gradients that travel together: gathered, sent to be summed, and received again, group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from compiled.reduction import Gradients
+
+
+class TouchedRows:
+    """Rows of a matrix whose gradient is not zero on some worker; of an embedding, only these have to be summed.
+
+    They are gathered over the workers of `group` while these go on. `rows` are this worker's, integers of any shape.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], num_rows: int, group: dist.ProcessGroup) -> None:
+        self.is_touched = torch.zeros(num_rows, dtype=torch.uint8)
+        for each in rows:
+            self.is_touched[each.flatten()] = 1
+        self.work = dist.all_reduce(self.is_touched, op=dist.ReduceOp.MAX, group=group, async_op=True)
+
+    def few(self) -> Tensor | None:
+        """The rows of all workers, ascending; None when they are more than half of all: sending all is no dearer."""
+        self.work.wait()
+        rows = self.is_touched.nonzero().flatten()
+        return rows if 2 * len(rows) <= len(self.is_touched) else None
+
+
+@dataclass
+class Bucket:
+    """Some groups' gradients. `owner` is who gets their sum, None: everybody; `dtype` what they are summed in, None:
+    the widest of them, at least float32.
+    """
+
+    owner: int | None
+    dtype: torch.dtype | None
+    nbytes: int = 0
+    groups: list[tuple[int, Gradients]] = field(default_factory=list)
+    narrowed: dict[int, tuple[Tensor, Gradients]] = field(default_factory=dict)  # rows that travel, and of what
+    works: list[Any] = field(default_factory=list)
+
+    def add(self, group: int, gradients: Gradients, rows: Tensor | None = None) -> None:
+        """`rows`: those that travel, the others being zero on all workers."""
+        if rows is not None:
+            self.narrowed[group] = (rows, gradients)
+            gradients = {name: gradient[rows] for name, gradient in gradients.items()}
+        self.groups.append((group, gradients))
+        for gradient in gradients.values():
+            self.nbytes += gradient.numel() * (self.dtype or at_least_float32(gradient)).itemsize
+
+    def send(self, group: dist.ProcessGroup, as_they_are: int) -> None:
+        """Start the sum: of tensors of `as_they_are` bytes and more in place, of a copy of all others together."""
+        places = [(gradients, name) for _, gradients in self.groups for name in gradients]
+        if not places:
+            return
+        dtypes = {self.dtype or at_least_float32(gradients[name]) for gradients, name in places}
+        dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        sent, copied = [], []
+        for gradients, name in places:
+            tensor = gradients[name]
+            if tensor.dtype == dtype and tensor.nbytes >= as_they_are and tensor.is_contiguous():
+                sent.append(tensor)
+            else:
+                copied.append((gradients, name))
+        if copied:
+            tensors = [gradients[name] for gradients, name in copied]
+            flat = torch.empty(sum(map(torch.numel, tensors)), dtype=dtype, device=tensors[0].device)
+            pieces = views(flat, tensors)
+            torch._foreach_copy_(pieces, tensors)
+            for (gradients, name), piece in zip(copied, pieces, strict=True):
+                gradients[name] = piece
+            sent.append(flat)
+        self.works = [self._begin_sum(tensor, group) for tensor in sent]
+
+    def _begin_sum(self, tensor: Tensor, group: dist.ProcessGroup) -> Any:
+        if self.owner is None:
+            return dist.all_reduce(tensor, group=group, async_op=True)
+        return dist.reduce(tensor, group=group, group_dst=self.owner, async_op=True)
+
+    def receive(self) -> Iterator[tuple[int, Gradients]]:
+        """Wait for the sums; each group with its own, in at least float32."""
+        for work in self.works:
+            work.wait()
+        for group, gradients in self.groups:
+            summed = {name: gradient.to(at_least_float32(gradient)) for name, gradient in gradients.items()}
+            if group in self.narrowed:
+                rows, whole = self.narrowed[group]
+                summed = {name: whole[name].to(sums.dtype).index_copy_(0, rows, sums) for name, sums in summed.items()}
+            yield group, summed
+
+
+def at_least_float32(gradient: Tensor) -> torch.dtype:
+    return torch.promote_types(gradient.dtype, torch.float32)
+
+
+def views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Pieces of `flat`, one behind the other, in the shapes of `like`."""
+    pieces = flat.split([tensor.numel() for tensor in like])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
