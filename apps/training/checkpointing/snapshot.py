@@ -53,9 +53,13 @@ class Copies:
             on_device = _has_room(missing)
             for name, tensor in missing.items():
                 self.made[name] = _memory_for(tensor, on_device)
+        alike: dict[tuple[torch.dtype, torch.device, torch.device], list[str]] = {}
+        for name, tensor in tensors.items():
+            alike.setdefault((tensor.dtype, tensor.device, self.made[name].device), []).append(name)
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                self.made[name].copy_(tensor, non_blocking=True)
+            for names in alike.values():  # a kernel for each tensor would hold up a small model
+                copies, originals = [self.made[name] for name in names], [tensors[name] for name in names]
+                torch._foreach_copy_(copies, originals, non_blocking=True)
         return {name: self.made[name] for name in tensors}
 
     def _fits(self, name: str, tensor: Tensor) -> bool:
