@@ -90,7 +90,7 @@ def slowest(seconds: float, workers, device) -> float:
 
 
 def saving(program, model, workers, steps: Callable[..., float], usual: float) -> dict[str, float]:
-    """What ten steps with one checkpoint in them take beyond ten without; it is written while they run."""
+    """What `count` steps with one checkpoint in them take beyond as many without; it is written while they run."""
     from apps.training.checkpointing.writer import CheckpointWriter
 
     with tempfile.TemporaryDirectory() as folder:
@@ -102,12 +102,13 @@ def saving(program, model, workers, steps: Callable[..., float], usual: float) -
             writer.snapshot(number, model, program)
             writer.write({}, [], [])
 
-        lost = []
+        lost, count = [], 10 + int(3 / usual)  # some three seconds, so that the whole of the writing lies in them
         for number in range(1, 6):  # the first one also allocates what the others take over
-            lost.append((steps(10, after_third=partial(save, number)) - steps(10)) / usual)
+            taken = steps(count, after_third=partial(save, number))
             began = time.perf_counter()
             writer.wait()
             waited = time.perf_counter() - began
+            lost.append((taken - steps(count)) / usual)
         workers.barrier()
     middle = statistics.median(lost[1:])
     return {"save_lost_steps": round(middle, 3), "first": round(lost[0], 3), "then_waited_s": round(waited, 2)}
