@@ -39,11 +39,12 @@ def indices(shape: tuple[int, ...], first_row: Tensor, elements_per_row: int) ->
     `first_row` int64 0-d is the index, in the step's global batch, of the first of the rows at hand.
     """
     base = _to_int32(first_row * elements_per_row)
-    columns = shape[-1] if shape else 1
-    rows = math.prod(shape[:-1])
-    # Two short ranges: one over all elements would not fit int32 for the scores of long sequences.
-    row = torch.arange(rows, dtype=torch.int32, device=first_row.device) * signed(columns)
-    column = torch.arange(columns, dtype=torch.int32, device=first_row.device)
+    count = math.prod(shape)
+    if count < 2**31:
+        return (torch.arange(count, dtype=torch.int32, device=first_row.device) + base).view(shape)
+    # In two parts, each of which fits int32; the flat form above fuses with a sum or an extreme over all elements.
+    column = torch.arange(shape[-1], dtype=torch.int32, device=first_row.device)
+    row = torch.arange(count // shape[-1], dtype=torch.int32, device=first_row.device) * signed(shape[-1])
     return ((row + base)[:, None] + column).view(shape)
 
 

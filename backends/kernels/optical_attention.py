@@ -21,7 +21,7 @@ from torch import Tensor
 
 from backends.kernels.optical_linear import runs_in_half
 from backends.kernels.optical_product import LEFT, RIGHT, Converters, Operands, Place, convert, detect, see
-from backends.kernels.quantise import Range, wide_dtype
+from backends.kernels.quantise import Range, split_ranges, wide_dtype
 
 SCORES, VALUES = 2, 3
 
@@ -49,7 +49,9 @@ def optical_attention(
     if mask is None and is_causal and q.shape[2] > 1:
         rows, columns = (torch.arange(length, device=q.device) for length in (q.shape[2], k.shape[2]))
         mask = rows[:, None] >= columns
-    out, *seen = _OpticalAttention.apply(q, k, v, mask, scale, step, first_row, converters, observe, *ranges)
+    out, *seen = _OpticalAttention.apply(
+        q, k, v, mask, scale, torch.stack(ranges), step, first_row, converters, observe
+    )
     return out, tuple(seen)
 
 
@@ -61,16 +63,16 @@ class _OpticalAttention(torch.autograd.Function):
         v: Tensor,
         mask: Tensor | None,
         scale: float,
+        ranges: Tensor,
         step: Tensor,
         first_row: Tensor,
         converters: Converters,
         observe: bool,
-        *ranges: Tensor,
     ) -> tuple[Tensor, ...]:
         place, wide = Place(step, first_row, VALUES), wide_dtype(q.dtype)
-        v_range, out_range = Range(*ranges[4:6]), Range(*ranges[8:])
-        weights, scores_seen = _weights(q, k, mask, scale, step, first_row, converters, observe, ranges)
-        probability_range = Range(torch.zeros_like(ranges[0]), torch.ones_like(ranges[0]))
+        _, _, v_range, _, out_range = split_ranges(ranges)
+        weights, scores_seen = _weights(q, k, mask, scale, ranges, step, first_row, converters, observe)
+        probability_range = Range(torch.zeros_like(v_range.low), torch.ones_like(v_range.low))
         left = convert(_grouped(weights, k), probability_range, converters, second=False)
         right = convert(v.to(wide), v_range, converters, second=True)
         operands, shape = Operands(left, right, probability_range, v_range), (*q.shape[:-1], v.shape[-1])
@@ -86,14 +88,14 @@ class _OpticalAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, mask, ctx.scale, step, first_row, ctx.converters, _, *ranges = inputs
+        q, k, v, mask, ctx.scale, ranges, step, first_row, ctx.converters, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(q, k, v, mask, step, first_row, *ranges)
+        ctx.save_for_backward(q, k, v, mask, ranges, step, first_row)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, step, first_row, *ranges = ctx.saved_tensors
-        weights, _ = _weights(q, k, mask, ctx.scale, step, first_row, ctx.converters, False, tuple(ranges))
+        q, k, v, mask, ranges, step, first_row = ctx.saved_tensors
+        weights, _ = _weights(q, k, mask, ctx.scale, ranges, step, first_row, ctx.converters, False)
         grad_out, rows = _grouped(grad, k), _grouped(q, k)
         p = _grouped(weights, k)
         grad_v = p.to(grad.dtype).mT @ grad_out
@@ -109,14 +111,14 @@ def _weights(
     k: Tensor,
     mask: Tensor | None,
     scale: float,
+    ranges: Tensor,
     step: Tensor,
     first_row: Tensor,
     converters: Converters,
     observe: bool,
-    ranges: tuple[Tensor, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """P [B, H, S, S_kv] in float32 or float64, and the range of the scores."""
-    q_range, k_range, scores_range = Range(*ranges[:2]), Range(*ranges[2:4]), Range(*ranges[6:8])
+    q_range, k_range, _, scores_range, _ = split_ranges(ranges)
     wide = wide_dtype(q.dtype)
     left = convert(_grouped(q, k).to(wide), q_range, converters, second=False)
     right = convert(k.to(wide), k_range, converters, second=True).mT

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backends.kernels.optical_product import LEFT, RIGHT, Converters, Operands, Place, convert, detect, see
-from backends.kernels.quantise import Range, wide_dtype
+from backends.kernels.quantise import split_ranges, wide_dtype
 
 
 def optical_linear(
@@ -31,7 +31,7 @@ def optical_linear(
     `ranges` (before the step) and what is seen: x min, x max, w min, w max, out min, out max. `step`, `first_row`
     int64 0-d. Without `observe` nothing is seen. The one place where an implementation for a device is chosen.
     """
-    y, *seen = _OpticalLinear.apply(x, weight, bias, step, first_row, converters, observe, *ranges)
+    y, *seen = _OpticalLinear.apply(x, weight, bias, torch.stack(ranges), step, first_row, converters, observe)
     return y, tuple(seen)
 
 
@@ -46,7 +46,7 @@ def optical_matmul(
     observe: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """out [B, H, M, N] = Q(â b̂) for a [B, H, M, K], b [B, H, K, N]; ranges of a, b, out as for `optical_linear`."""
-    y, *seen = _OpticalMatmul.apply(a, b, step, first_row, converters, observe, *ranges)
+    y, *seen = _OpticalMatmul.apply(a, b, torch.stack(ranges), step, first_row, converters, observe)
     return y, tuple(seen)
 
 
@@ -61,13 +61,13 @@ class _OpticalLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        ranges: Tensor,
         step: Tensor,
         first_row: Tensor,
         converters: Converters,
         observe: bool,
-        *ranges: Tensor,
     ) -> tuple[Tensor, ...]:
-        x_range, w_range, out_range = Range(*ranges[:2]), Range(*ranges[2:4]), Range(*ranges[4:])
+        x_range, w_range, out_range = split_ranges(ranges)
         place, wide = Place(step, first_row, 0), wide_dtype(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         left = convert(rows.to(wide), x_range, converters, second=False)
@@ -100,9 +100,9 @@ class _OpticalLinear(torch.autograd.Function):
 class _OpticalMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
-        a: Tensor, b: Tensor, step: Tensor, first_row: Tensor, converters: Converters, observe: bool, *ranges: Tensor
+        a: Tensor, b: Tensor, ranges: Tensor, step: Tensor, first_row: Tensor, converters: Converters, observe: bool
     ) -> tuple[Tensor, ...]:
-        a_range, b_range, out_range = Range(*ranges[:2]), Range(*ranges[2:4]), Range(*ranges[4:])
+        a_range, b_range, out_range = split_ranges(ranges)
         place, wide = Place(step, first_row, 1), wide_dtype(a.dtype)
         left = convert(a.to(wide), a_range, converters, second=False)
         right = convert(b.to(wide), b_range, converters, second=True)

@@ -35,6 +35,11 @@ class Range(NamedTuple):
         return torch.where(torch.isfinite(size) & (size > 0), size, 1.0)
 
 
+def split_ranges(ends: Tensor) -> list[Range]:
+    """[2 · n] (min, max, min, max, …) → n ranges."""
+    return [Range(low, high) for low, high in zip(ends[::2].unbind(), ends[1::2].unbind(), strict=True)]
+
+
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What is computed in for tensors of `dtype`: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
