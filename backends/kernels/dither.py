@@ -27,9 +27,8 @@ class Key(NamedTuple):
 
 
 def key_of(seed: int, stream: int, step: Tensor) -> Key:
-    """The key of a sequence: `step` int64 0-d; `stream` tells apart the uses within one step."""
-    word = _to_int32(step)
-    first = _mix(word ^ signed(python_hash(seed, 2 * stream)), 0)
+    """The key of a sequence: `step` int64 0-d, all 64 bits of it; `stream` tells apart the uses within one step."""
+    first = _mix(_to_int32(step) ^ signed(python_hash(seed, 2 * stream)), _to_int32(step >> 32))
     return Key(first, _mix(first ^ signed(python_hash(seed, 2 * stream + 1)), 0))
 
 
