@@ -54,7 +54,7 @@ class Operands(NamedTuple):
 
 
 # Uses of random numbers within a product.
-_DITHER, _RADIUS, _ANGLE, LEFT, RIGHT, _OUT, _USES = range(7)
+DITHER, RADIUS, ANGLE, LEFT, RIGHT, OUT, USES = range(7)
 
 
 def convert(x: Tensor, bounds: Range, converters: Converters, *, second: bool) -> Tensor:
@@ -97,10 +97,10 @@ def detect(
     if converters.photons_per_mac is not None:
         light = multiply(operands._replace(left=operands.left.abs(), right=operands.right.abs()), half).view(shape)
         photons = converters.photons_per_mac * operands.left.shape[-1]
-        radius, angle = _key(converters, place, _RADIUS), _key(converters, place, _ANGLE)
+        radius, angle = _key(converters, place, RADIUS), _key(converters, place, ANGLE)
         product = product + light * photons**-0.5 * normal(index, radius, angle, product.dtype)
-    seen = see(product, converters, place, _OUT, attended) if observe else ()
-    dither = uniform(index, _key(converters, place, _DITHER), product.dtype)
+    seen = see(product, converters, place, OUT, attended) if observe else ()
+    dither = uniform(index, _key(converters, place, DITHER), product.dtype)
     return quantise(product, bounds, converters.output_levels, dither=dither), seen
 
 
@@ -112,4 +112,4 @@ def see(x: Tensor, converters: Converters, place: Place, use: int, attended: Ten
 
 
 def _key(converters: Converters, place: Place, use: int) -> Key:
-    return key_of(converters.seed, place.product * _USES + use, place.step)
+    return key_of(converters.seed, place.product * USES + use, place.step)

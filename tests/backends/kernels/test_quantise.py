@@ -44,7 +44,7 @@ def test_every_element_is_the_nearest_level_lifted(levels, low, width, lut_min, 
     nearest = (got.unsqueeze(-1) - exact_levels(low, high, levels, lut_min)).abs().amin(-1)
     assert nearest.max() <= rounding, "not a level"
     lift = 0.0 if lut_min is None else lut_min * size
-    # lifting moves a value by at most ℓ · |end|; 1e-8 in the divisor shifts codes by up to (L − 1) · 1e-8 / width levels
+    # lifting moves a value by at most ℓ · |end|; 1e-8 in the divisor moves codes by (L − 1) · 1e-8 / width
     allowed = step * (0.5 + (levels - 1) * 1e-8 / (high - low)) + lift + rounding * levels
     assert (got - x.double().clamp(low, high)).abs().max() <= allowed
 
