@@ -84,7 +84,7 @@ class Optical(Backend):
     ) -> tuple[Tensor, State]:
         if self.config.q_bypass:
             return F.linear(x, weight, bias), state
-        step, first_row = state["step"], state["first_row"]
+        step, first_row = _number(state), state["first_row"]
         ranges = _ranges(state, LINEAR_TENSORS)
         y, seen = optical_linear(x, weight, bias, ranges, step, first_row, self.converters, observe=training)
         return y, self._after(state, LINEAR_TENSORS, seen)
@@ -93,7 +93,7 @@ class Optical(Backend):
         """One product as in attention, b being the second operand; `attention` does not go through it."""
         if self.config.q_bypass:
             return a @ b, state
-        step, first_row = state["step"], state["first_row"]
+        step, first_row = _number(state), state["first_row"]
         ranges = _ranges(state, MATMUL_TENSORS)
         y, seen = optical_matmul(a, b, ranges, step, first_row, self.converters, observe=training)
         return y, self._after(state, MATMUL_TENSORS, seen)
@@ -122,7 +122,7 @@ class Optical(Backend):
             scale,
             is_causal,
             _ranges(state, ATTENTION_TENSORS),
-            state["step"],
+            _number(state),
             state["first_row"],
             self.converters,
             observe=training,
@@ -141,7 +141,7 @@ class Optical(Backend):
         return self._specs(ATTENTION_TENSORS)
 
     def _specs(self, tensors: tuple[str, ...]) -> dict[str, StateSpec]:
-        """Both ends of each tensor's range, infinite until seen; the step, and what dithers by place in the batch."""
+        """Both ends of each tensor's range, infinite until seen; and what random numbers are counted from."""
         if self.config.q_bypass:
             return {}
         low: Literal["mean", "min"]
@@ -153,6 +153,7 @@ class Optical(Backend):
             specs[f"{tensor}_max"] = StateSpec((), fill=-math.inf, reduce=high)
         specs["step"] = StateSpec((), "int64", reduce="max")
         specs["first_row"] = StateSpec((), "int64", given="first_row")
+        specs["layer"] = StateSpec((), "int64", given="layer")
         return specs
 
     def _after(self, state: State, tensors: tuple[str, ...], seen: tuple[Tensor, ...]) -> State:
@@ -193,6 +194,11 @@ class Optical(Backend):
             photons_per_mac=self.config.photons_per_mac,
         )
         return dataclasses.replace(cost, joules=energy.total)
+
+
+def _number(state: State) -> Tensor:
+    """The step and the layer in one number: with layers alike, errors of the same sign would add up over the depth."""
+    return state["step"] + (state["layer"] << 32)
 
 
 def _ranges(state: State, tensors: tuple[str, ...]) -> tuple[Tensor, ...]:

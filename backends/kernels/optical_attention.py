@@ -43,8 +43,9 @@ def optical_attention(
     """out [B, H, S, D] for q [B, H, S, D], k and v [B, G, S_kv, D], and the ranges seen, float32 0-d.
 
     `mask` bool, True = attend, broadcast to [B, 1, S, S_kv]; without it `is_causal` lets query i see keys 0…i (a single
-    query sees all). `ranges` (before the step) and what is seen: min and max of q, k, v, scores, out. Without `observe`
-    nothing is seen. The one place where an implementation for a device is chosen.
+    query sees all). `ranges` (before the step) and what is seen: min and max of q, k, v, scores, out. `step` and
+    `first_row` as for `optical_linear`. Without `observe` nothing is seen. The one place where an implementation for a
+    device is chosen.
     """
     if mask is None and is_causal and q.shape[2] > 1:
         rows, columns = (torch.arange(length, device=q.device) for length in (q.shape[2], k.shape[2]))

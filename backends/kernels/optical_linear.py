@@ -29,7 +29,8 @@ def optical_linear(
     """y [..., N] = Q(x̂ ŵᵀ) + bias for x [..., K], weight [N, K], bias [N]; and the ranges seen, float32 0-d.
 
     `ranges` (before the step) and what is seen: x min, x max, w min, w max, out min, out max. `step`, `first_row`
-    int64 0-d. Without `observe` nothing is seen. The one place where an implementation for a device is chosen.
+    int64 0-d; the upper 32 bits of `step` tell layers apart. Without `observe` nothing is seen. The one place where an
+    implementation for a device is chosen.
     """
     y, *seen = _OpticalLinear.apply(x, weight, bias, torch.stack(ranges), step, first_row, converters, observe)
     return y, tuple(seen)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import backends
 from backends.errors import UserError
@@ -83,7 +84,7 @@ def test_bypass_is_dense_and_keeps_no_state():
 
 def test_ranges_start_unknown_and_combine_by_their_ends():
     specs = optical().linear_state(6, 4)
-    assert list(specs) == ["x_min", "x_max", "w_min", "w_max", "out_min", "out_max", "step", "first_row"]
+    assert list(specs) == ["x_min", "x_max", "w_min", "w_max", "out_min", "out_max", "step", "first_row", "layer"]
     assert all(specs[name].fill == math.inf and specs[name].reduce == "min" for name in specs if name.endswith("_min"))
     assert all(specs[name].fill == -math.inf and specs[name].reduce == "max" for name in specs if name.endswith("_max"))
     assert (specs["step"].dtype, specs["step"].reduce, specs["first_row"].given) == ("int64", "max", "first_row")
@@ -228,6 +229,21 @@ def test_a_layer_with_attention_dithers_anew_each_step():
     first, second, third = (layer.attend(q, k, v, mask=None, scale=HEAD_DIM**-0.5) for _ in range(3))
     assert not torch.equal(first, second)
     assert not torch.equal(second, third)
+
+
+def test_equal_layers_round_independently():
+    """Were their random numbers the same, the errors of all layers would be correlated, by half, and add up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64, bias=False), nn.Linear(8, 64, bias=False))
+    backends.route(model, [{"match": "*", "use": "optical", "q_levels": 16, "q_lut_min": None}])
+    x, errors = torch.randn(512, 8), []
+    for layer in model:
+        layer(x)
+        infinite = {name: torch.tensor(math.inf) for name in ("out_min", "out_max")}
+        exact = layer.backend.linear(x, layer.weight, None, dict(layer.named_buffers()) | infinite)[0]
+        errors.append((layer(x) - exact).flatten().double().detach())
+    correlation = torch.corrcoef(torch.stack(errors))[0, 1]
+    assert abs(correlation) < 4 / math.sqrt(len(errors[0]))
 
 
 # ---- programs ----------------------------------------------------------------------------------------------------
