@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from backends.kernels.optical_linear import runs_in_half
-from backends.kernels.optical_product import LEFT, RIGHT, Converters, Operands, Place, convert, detect, see
+from backends.kernels.optical_product import LEFT, RIGHT, Converters, Operands, Place, convert, detect, dither_key, see
 from backends.kernels.quantise import Range, split_ranges, wide_dtype
 
 SCORES, VALUES = 2, 3
@@ -47,6 +47,15 @@ def optical_attention(
     `first_row` as for `optical_linear`. Without `observe` nothing is seen. The one place where an implementation for a
     device is chosen.
     """
+    if _has_kernels(q, v, converters):
+        from backends.kernels.optical_attention_cuda import attention_with_kernels
+
+        of_scores, of_out = (dither_key(converters, Place(step, first_row, product)) for product in (SCORES, VALUES))
+        levels = (converters.input_levels, converters.output_levels)
+        lut_min = converters.lut_min
+        return attention_with_kernels(
+            q, k, v, mask, scale, is_causal, ranges, (of_scores, of_out), first_row, levels, lut_min, observe=observe
+        )
     if mask is None and is_causal and q.shape[2] > 1:
         rows, columns = (torch.arange(length, device=q.device) for length in (q.shape[2], k.shape[2]))
         mask = rows[:, None] >= columns
@@ -137,6 +146,12 @@ def _weights(
         return (scores * scale).softmax(-1), seen
     scores = torch.where(mask, scores * scale, torch.finfo(wide).min)
     return torch.where(mask, scores.softmax(-1), 0.0), seen
+
+
+def _has_kernels(q: Tensor, v: Tensor, converters: Converters) -> bool:
+    """Whether the Triton kernels compute this: 16-bit on a GPU, ranges by extremes, no shot noise."""
+    plain = converters.quantiles is None and converters.photons_per_mac is None
+    return runs_in_half(q) and q.shape[-1] == v.shape[-1] and q.shape[-1] in (16, 32, 64, 128) and plain
 
 
 def _grouped(x: Tensor, k: Tensor) -> Tensor:

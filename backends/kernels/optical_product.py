@@ -100,7 +100,7 @@ def detect(
         radius, angle = _key(converters, place, RADIUS), _key(converters, place, ANGLE)
         product = product + light * photons**-0.5 * normal(index, radius, angle, product.dtype)
     seen = see(product, converters, place, OUT, attended) if observe else ()
-    dither = uniform(index, _key(converters, place, DITHER), product.dtype)
+    dither = uniform(index, dither_key(converters, place), product.dtype)
     return quantise(product, bounds, converters.output_levels, dither=dither), seen
 
 
@@ -109,6 +109,11 @@ def see(x: Tensor, converters: Converters, place: Place, use: int, attended: Ten
     if converters.quantiles is None:
         return extremes(x, attended)
     return quantiles(x, converters.quantiles, _key(converters, place, use), attended)
+
+
+def dither_key(converters: Converters, place: Place) -> Key:
+    """The key of a product's dither."""
+    return _key(converters, place, DITHER)
 
 
 def _key(converters: Converters, place: Place, use: int) -> Key:

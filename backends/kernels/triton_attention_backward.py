@@ -1,9 +1,11 @@
 """Triton: optical attention, backward, straight through the converters and without a scores tensor in memory.
 
 The probabilities are those of the quantised scores, computed again with the same random numbers. Two kernels, so that
-every gradient is summed in one fixed order: one for dQ, sweeping over keys, one for dK and dV, sweeping over the queries
-of every head that shares a key head.
+every gradient is summed in one fixed order: one for dQ, sweeping over keys, one for dK and dV, sweeping over the
+queries of every head that shares a key head.
 """
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
 
@@ -83,7 +85,7 @@ def attention_grad_query_kernel(
     plain_v += wide_batch * stride_cvb + group * stride_cvh
     mask += wide_batch * stride_mask_batch
     unit = range_size(ranges) * range_size(ranges + 2)
-    slope, shift, gain, low, high, rounder, step, base = converter(ranges + 6, unit, OUTPUT_LEVELS)
+    slope, shift, gain, low, high, rounder, step, _ = converter(ranges + 6, unit, OUTPUT_LEVELS)
     alpha = step * scale * 1.4426950408889634  # exponents of 2
     entry = (tl.load(first_row).to(tl.uint32) + batch.to(tl.uint32)) * HEADS + head.to(tl.uint32)
     row_index = (entry * num_rows.to(tl.uint32) + rows.to(tl.uint32)) * num_cols.to(tl.uint32)
@@ -116,9 +118,7 @@ def attention_grad_query_kernel(
         num_rows, num_cols, middle, stop, D, DV, BLOCK_N, CAUSAL, MASKED, True,
     )  # fmt: skip
     grad_q += wide_batch * stride_dqb + head * stride_dqh
-    tl.store(
-        grad_q + rows[:, None] * stride_dqm + d[None, :], (acc * scale).to(grad_q.dtype.element_ty), mask=inside
-    )
+    tl.store(grad_q + rows[:, None] * stride_dqm + d[None, :], (acc * scale).to(grad_q.dtype.element_ty), mask=inside)
 
 
 def key_sweep(
@@ -177,7 +177,7 @@ def attention_grad_key_kernel(
     v_tile = tl.load(plain_v + cols[:, None] * stride_cvn + dv[None, :], mask=inside, other=0.0)
     mask += wide_batch * stride_mask_batch
     unit = range_size(ranges) * range_size(ranges + 2)
-    slope, shift, gain, low, high, rounder, step, base = converter(ranges + 6, unit, OUTPUT_LEVELS)
+    slope, shift, gain, low, high, rounder, step, _ = converter(ranges + 6, unit, OUTPUT_LEVELS)
     alpha = step * scale * 1.4426950408889634
     first, second = mixed_key(keys)
 
@@ -225,6 +225,4 @@ def compile_kernels() -> None:
     triton_attention_forward.compile_kernels()
     globals().update(vars(triton_quantiser.compiled_functions()))
     globals()["allowed_pairs"] = triton_attention_forward.allowed_pairs
-    compile_in_place(
-        globals(), query_sweep, attention_grad_query_kernel, key_sweep, attention_grad_key_kernel
-    )
+    compile_in_place(globals(), query_sweep, attention_grad_query_kernel, key_sweep, attention_grad_key_kernel)

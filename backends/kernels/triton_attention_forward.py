@@ -4,6 +4,8 @@ One program takes BLOCK_M queries of one head and sweeps over the keys twice: th
 denominator (and softmax · v unquantised, which the backward wants), the second sums the quantised probabilities.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 from typing import Any
@@ -19,7 +21,9 @@ random_number: Any = None
 converted_level: Any = None
 
 
-def allowed_pairs(rows, cols, mask, stride_mask_row, stride_mask_col, num_rows, num_cols, CAUSAL: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip  # noqa: E501
+def allowed_pairs(
+    rows, cols, mask, stride_mask_row, stride_mask_col, num_rows, num_cols, CAUSAL: tl.constexpr, MASKED: tl.constexpr
+):
     """Which of rows × cols may attend: `rows` and `cols` broadcast against each other."""
     allowed = (cols < num_cols) & (rows < num_rows)
     if CAUSAL:
@@ -31,8 +35,8 @@ def allowed_pairs(rows, cols, mask, stride_mask_row, stride_mask_col, num_rows, 
 
 def first_sweep(
     acc, top, bottom, total, reference, q, k, v, stride_kn, stride_vn, row_index, rows, first, second,
-    slope, shift, gain, low, high, rounder, alpha, mask, stride_mask_row, stride_mask_col, num_rows, num_cols, start, stop,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    slope, shift, gain, low, high, rounder, alpha, mask, stride_mask_row, stride_mask_col, num_rows, num_cols,
+    start, stop, D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
     EDGE: tl.constexpr, SAVE: tl.constexpr, OBSERVE: tl.constexpr,
 ):  # fmt: skip
     """Keys start … stop: row maxima and minima of the raw scores, softmax denominators, unnormalised softmax · v."""
@@ -46,7 +50,14 @@ def first_sweep(
             k_t = tl.load(k + cols[None, :] * stride_kn + d[:, None])
         raw = tl.dot(q, k_t, input_precision="ieee")
         logits = alpha * converted_level(
-            raw, random_number(row_index[:, None] + cols[None, :].to(tl.uint32), first, second), slope, shift, gain, low, high, rounder
+            raw,
+            random_number(row_index[:, None] + cols[None, :].to(tl.uint32), first, second),
+            slope,
+            shift,
+            gain,
+            low,
+            high,
+            rounder,
         )
         largest = raw
         if EDGE:
@@ -79,8 +90,8 @@ def first_sweep(
 
 def second_sweep(
     acc, logsum, q, k, v, stride_kn, stride_vn, row_index, rows, first, second,
-    slope, shift, gain, low, high, rounder, alpha, mask, stride_mask_row, stride_mask_col, num_rows, num_cols, start, stop,
-    D: tl.constexpr, DV: tl.constexpr, INPUT_LEVELS: tl.constexpr, BLOCK_N: tl.constexpr,
+    slope, shift, gain, low, high, rounder, alpha, mask, stride_mask_row, stride_mask_col, num_rows, num_cols,
+    start, stop, D: tl.constexpr, DV: tl.constexpr, INPUT_LEVELS: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Keys start … stop: Σ level(probability) · v, with v quantised and normalised."""
@@ -95,7 +106,14 @@ def second_sweep(
             values = tl.load(v + cols[:, None] * stride_vn + dv[None, :])
         raw = tl.dot(q, k_t, input_precision="ieee")
         logits = alpha * converted_level(
-            raw, random_number(row_index[:, None] + cols[None, :].to(tl.uint32), first, second), slope, shift, gain, low, high, rounder
+            raw,
+            random_number(row_index[:, None] + cols[None, :].to(tl.uint32), first, second),
+            slope,
+            shift,
+            gain,
+            low,
+            high,
+            rounder,
         )
         probability = tl.exp2(logits - logsum[:, None])
         if EDGE:
@@ -114,11 +132,11 @@ def attention_forward_kernel(
     q, k, v, plain_v, ranges, keys, first_row, mask, spans,
     out, plain_out, logsums, observed,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_pb, stride_ph, stride_pn, stride_ob, stride_oh, stride_om, stride_mask_batch, stride_mask_row, stride_mask_col,
-    num_rows, num_cols, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, INPUT_LEVELS: tl.constexpr, OUTPUT_LEVELS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
-    SAVE: tl.constexpr, OBSERVE: tl.constexpr,
+    stride_pb, stride_ph, stride_pn, stride_ob, stride_oh, stride_om,
+    stride_mask_batch, stride_mask_row, stride_mask_col, num_rows, num_cols, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, INPUT_LEVELS: tl.constexpr,
+    OUTPUT_LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, SAVE: tl.constexpr, OBSERVE: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, batch · heads). q, k, v: quantised, normalised; plain_v: as given."""
     infinity = float("inf")
@@ -137,7 +155,7 @@ def attention_forward_kernel(
     plain_v += batch.to(tl.int64) * stride_pb + group * stride_ph
     mask += batch.to(tl.int64) * stride_mask_batch
     score_unit = range_size(ranges) * range_size(ranges + 2)
-    slope, shift, gain, low, high, rounder, step, base = converter(ranges + 6, score_unit, OUTPUT_LEVELS)
+    slope, shift, gain, low, high, rounder, step, _ = converter(ranges + 6, score_unit, OUTPUT_LEVELS)
     alpha = step * scale * 1.4426950408889634  # exponents of 2
     entry = (tl.load(first_row).to(tl.uint32) + batch.to(tl.uint32)) * HEADS + head.to(tl.uint32)
     out_index = entry * num_rows.to(tl.uint32) + rows.to(tl.uint32)
@@ -162,9 +180,9 @@ def attention_forward_kernel(
     reference = tl.full((BLOCK_M,), -1e30, tl.float32)
     if not MASKED:
         acc, top, bottom, total, reference = first_sweep(
-            acc, top, bottom, total, reference, q_tile, k, plain_v, stride_kn, stride_pn, row_index, rows, first, second,
-            slope, shift, gain, low, high, rounder, alpha, mask, stride_mask_row, stride_mask_col, num_rows, num_cols,
-            start, middle, D, DV, BLOCK_N, CAUSAL, MASKED, False, SAVE, OBSERVE,
+            acc, top, bottom, total, reference, q_tile, k, plain_v, stride_kn, stride_pn, row_index, rows,
+            first, second, slope, shift, gain, low, high, rounder, alpha, mask, stride_mask_row, stride_mask_col,
+            num_rows, num_cols, start, middle, D, DV, BLOCK_N, CAUSAL, MASKED, False, SAVE, OBSERVE,
         )  # fmt: skip
     acc, top, bottom, total, reference = first_sweep(
         acc, top, bottom, total, reference, q_tile, k, plain_v, stride_kn, stride_pn, row_index, rows, first, second,

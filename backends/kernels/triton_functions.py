@@ -1,8 +1,8 @@
 """Triton functions that live in plain Python files: without Triton installed the file imports and nothing runs.
 
 A file of kernels says `tl: Any = None` and writes its kernels as plain functions; `compile_in_place` makes them Triton
-functions when the first GPU tensor comes. They stay globals of their file because both Triton and Inductor (which copies
-a kernel's source, and all it calls, into a compiled region) look names up there.
+functions when the first GPU tensor comes. They stay globals of their file because both Triton and Inductor (which
+copies a kernel's source, and all it calls, into a compiled region) look names up there.
 """
 
 from collections.abc import Callable

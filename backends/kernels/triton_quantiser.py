@@ -5,6 +5,8 @@ A value is converted as `level = rint(clamp(value · slope + shift + random · g
 same instructions then let the value through.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 from __future__ import annotations
 
 from types import SimpleNamespace
