@@ -31,7 +31,7 @@ class Products(BackendAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return self.attend(q, k, v, mask=None, scale=self.head_dim**-0.5).transpose(1, 2)
+        return self.attend(q, k, v, mask=None, scale=self.head_dim**-0.5)
 
 
 def linear_case(backend: str, shape: tuple[int, ...]) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -83,10 +83,10 @@ def compiled_step(layer: nn.Module, inputs: dict[str, Tensor], folder: Path) -> 
     return step
 
 
-def calibrate(layer: Any, inputs: dict[str, Tensor]) -> None:
-    """One eager training step, so that every range is known."""
+def calibrate(layer: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """One eager training step, so that every range is known. Returns a random gradient of its output."""
     with torch.no_grad():
-        layer(**inputs)
+        return torch.randn_like(layer(**inputs))
 
 
 def cases() -> Iterator[tuple[str, Callable[..., Any], tuple[int, ...]]]:
@@ -102,8 +102,8 @@ def check(folder: Path) -> None:
         shape = (1, *shape[1:]) if kind == "attention" else (1024, *shape[1:])  # float64 needs the room
         torch.manual_seed(1)
         layer, inputs = make("optical", shape)
-        calibrate(layer, inputs)
-        results = compiled_step(layer, inputs, folder)(grad := torch.randn_like(layer(**inputs)))
+        grad = calibrate(layer, inputs)
+        results = compiled_step(layer, inputs, folder)(grad)
         wide = {name: tensor.double().requires_grad_() for name, tensor in inputs.items()}
         state = {name: buffer.clone() for name, buffer in layer.named_buffers()}
         reference = layer.double()
@@ -133,9 +133,8 @@ def measure(folder: Path) -> None:
         figures = []
         for backend in ("dense", "optical"):
             layer, inputs = make(backend, shape)
-            calibrate(layer, inputs)
-            step = compiled_step(layer, inputs, folder)
-            figures.append(timed(step, torch.randn_like(layer(**inputs))))
+            grad = calibrate(layer, inputs)
+            figures.append(timed(compiled_step(layer, inputs, folder), grad))
         (dense, dense_peak), (optical, peak) = figures
         print(
             f"{kind:10}{'x'.join(map(str, shape)):24}{dense:7.3f} ms {dense_peak:4.0f}M{optical:9.3f} ms {peak:4.0f}M"
@@ -191,10 +190,9 @@ def try_tiles(_: Path) -> None:
 
     for shape in [*ATTENTIONS, (8, 32, 8, 2048, 128)]:
         layer, inputs = attention_case("optical", shape)
-        calibrate(layer, inputs)
+        grad = calibrate(layer, inputs)
         for tensor in inputs.values():
             tensor.requires_grad_()
-        grad = torch.randn_like(layer(**inputs))
         for function, choices in TILES.items():
             before = getattr(kernels, function)
             for choice in choices:
