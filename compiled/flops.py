@@ -1,5 +1,8 @@
 """FLOPs of a traced graph: its matrix products and attention, a multiplication and an addition counting two.
 
+An operator of our own, or of a backend outside the house, counts what its author registered for it with
+`torch.utils.flop_counter.register_flop_formula`; without a formula it counts nothing.
+
 Causal attention counts half of its square (the half that has to be computed), its backward 2.5 times its forward: five
 products of which one repeats the forward's. Elementwise work is not counted, as is the custom for MFU.
 """
@@ -8,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils.flop_counter import flop_registry
 
 
 def count_flops(graph: GraphModule) -> int:
@@ -15,10 +20,19 @@ def count_flops(graph: GraphModule) -> int:
     return sum(_node_flops(node) for node in graph.graph.nodes if node.op == "call_function")
 
 
+def _values(arguments: Any) -> Any:
+    """The (fake) tensors that the nodes among an operator's arguments stand for, in their places."""
+    return map_arg(arguments, lambda node: node.meta["val"])
+
+
 def _node_flops(node: Node) -> int:
-    schema: Any = getattr(node.target, "_schema", None)
+    operator: Any = node.target
+    schema: Any = getattr(operator, "_schema", None)
     if schema is None:
         return 0
+    if operator.namespace not in ("aten", "prims"):
+        formula = flop_registry.get(operator.overloadpacket)
+        return 0 if formula is None else int(formula(*_values(node.args), **_values(node.kwargs)))
     arguments = {
         argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)
     } | node.kwargs

@@ -43,13 +43,17 @@ def quiet_torch() -> Iterator[None]:
 
 def trace_joint(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> GraphModule:
     """Forward and backward of a pure function of flat tensors as one graph; gradients for inputs that require them."""
+    from torch._functorch import config
     from torch._functorch.aot_autograd import aot_export_joint_simple
     from torch._inductor.decomposition import select_decomp_table
 
-    # Decomposed as Inductor will anyway: the partitioner knows which of these operators are cheap to recompute.
-    joint: Any = aot_export_joint_simple(
-        function, tuple(inputs), trace_joint=True, decompositions=select_decomp_table()
-    )
+    # An operator made of Triton kernels stays one operator until it is lowered: the graph says what it computes, and
+    # does not hold kernels by numbers that count up within a process.
+    with config.patch(decompose_custom_triton_ops=False):
+        # Decomposed as Inductor will anyway: the partitioner knows which of these operators are cheap to recompute.
+        joint: Any = aot_export_joint_simple(
+            function, tuple(inputs), trace_joint=True, decompositions=select_decomp_table()
+        )
     return _without_assertions(joint[0] if isinstance(joint, tuple) else joint)
 
 

@@ -41,4 +41,11 @@ def attend(backend: Backend, q: Tensor, k: Tensor, v: Tensor, state: dict, *, ma
 
 
 def calibrated(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
-    return attend(backend, q, k, v, tensors(backend.attention_state(HEADS, HEAD_DIM)), training=True)[1]
+    """The state after one training forward: what is given stays, what the backend returns is new."""
+    state = tensors(backend.attention_state(HEADS, HEAD_DIM))
+    return state | attend(backend, q, k, v, state, training=True)[1]
+
+
+def returned(specs: dict[str, StateSpec]) -> set[str]:
+    """Names of the state that a backend hands back; the rest is given to it."""
+    return {name for name, spec in specs.items() if spec.given is None}

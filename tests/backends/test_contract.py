@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import backends
-from backends.base import Backend
+from backends.base import Backend, StateSpec
 from tests.backends.contract import (
     HEAD_DIM,
     HEADS,
@@ -22,6 +22,7 @@ from tests.backends.contract import (
     attention_operands,
     calibrated,
     linear_operands,
+    returned,
     tensors,
 )
 
@@ -147,26 +148,28 @@ def test_masked_attention_sees_only_what_the_mask_allows(attention_backend):
 # ---- state goes in and comes out -------------------------------------------------------------------------------
 
 
-def assert_pure(compute, state: dict[str, Tensor]) -> None:
+def assert_pure(compute, specs: dict[str, StateSpec]) -> None:
+    state = tensors(specs)
     before = {name: tensor.clone() for name, tensor in state.items()}
     first, new_state = compute(state)
-    assert {n: (t.shape, t.dtype) for n, t in new_state.items()} == {n: (t.shape, t.dtype) for n, t in state.items()}
+    expected = {name: (state[name].shape, state[name].dtype) for name in returned(specs)}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in new_state.items()} == expected
     assert all(torch.equal(state[name], before[name]) for name in state), "the given state was changed"
     again, new_again = compute(state)
     assert torch.equal(first, again)
-    assert all(torch.equal(new_state[name], new_again[name]) for name in state)
+    assert all(torch.equal(new_state[name], new_again[name]) for name in expected)
 
 
 def test_linear_is_a_pure_function_of_its_tensors(linear_backend):
     x, weight, bias = linear_operands(linear_backend, torch.float32)
-    state = tensors(linear_backend.linear_state(IN, OUT))
-    assert_pure(lambda given: linear_backend.linear(x, weight, bias, given, training=True), state)
+    specs = linear_backend.linear_state(IN, OUT)
+    assert_pure(lambda given: linear_backend.linear(x, weight, bias, given, training=True), specs)
 
 
 def test_attention_is_a_pure_function_of_its_tensors(attention_backend):
     q, k, v = attention_operands()
-    state = tensors(attention_backend.attention_state(HEADS, HEAD_DIM))
-    assert_pure(lambda given: attend(attention_backend, q, k, v, given, training=True), state)
+    specs = attention_backend.attention_state(HEADS, HEAD_DIM)
+    assert_pure(lambda given: attend(attention_backend, q, k, v, given, training=True), specs)
 
 
 # ---- identity --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import backends
 from backends.base import Backend
 from backends.layers import BackendAttention, BackendLinear
-from tests.backends.contract import GROUPS, HEAD_DIM, HEADS, IN, LENGTH, NAMES, OUT, attention_operands
+from tests.backends.contract import GROUPS, HEAD_DIM, HEADS, IN, LENGTH, NAMES, OUT, attention_operands, returned
 
 
 @pytest.fixture(params=NAMES)
@@ -65,7 +65,7 @@ def example_layers(backend: Backend):
 def region(layer: torch.nn.Module, num_inputs: int):
     """A layer as a function (inputs…, parameters…, state…) → (y, new state…), as a compiled region wants it."""
     names = [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
-    buffers = [name for name, _ in layer.named_buffers()]
+    buffers = [name for name, _ in layer.named_buffers() if name in returned(layer.state_specs)]
 
     def forward(*flat: Tensor) -> tuple[Tensor, ...]:
         values = dict(zip(names, flat[num_inputs:], strict=True))

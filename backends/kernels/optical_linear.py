@@ -1,0 +1,127 @@
+"""The optical linear layer and matrix product, with the straight-through backward of the plain ones.
+
+The gradients are those of x wᵀ at the tensors as they came in, before any conversion: dX = dY W, dW = dYᵀ X, db = Σ dY.
+Nothing is kept for the backward but these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.kernels.optical_product import LEFT, RIGHT, Converters, Operands, Place, convert, detect, see
+from backends.kernels.quantise import split_ranges, wide_dtype
+
+
+def optical_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ranges: tuple[Tensor, ...],
+    step: Tensor,
+    first_row: Tensor,
+    converters: Converters,
+    *,
+    observe: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y [..., N] = Q(x̂ ŵᵀ) + bias for x [..., K], weight [N, K], bias [N]; and the ranges seen, float32 0-d.
+
+    `ranges` (before the step) and what is seen: x min, x max, w min, w max, out min, out max. `step`, `first_row`
+    int64 0-d; the upper 32 bits of `step` tell layers apart. Without `observe` nothing is seen. The one place where an
+    implementation for a device is chosen.
+    """
+    y, *seen = _OpticalLinear.apply(x, weight, bias, torch.stack(ranges), step, first_row, converters, observe)
+    return y, tuple(seen)
+
+
+def optical_matmul(
+    a: Tensor,
+    b: Tensor,
+    ranges: tuple[Tensor, ...],
+    step: Tensor,
+    first_row: Tensor,
+    converters: Converters,
+    *,
+    observe: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """out [B, H, M, N] = Q(â b̂) for a [B, H, M, K], b [B, H, K, N]; ranges of a, b, out as for `optical_linear`."""
+    y, *seen = _OpticalMatmul.apply(a, b, torch.stack(ranges), step, first_row, converters, observe)
+    return y, tuple(seen)
+
+
+def runs_in_half(x: Tensor) -> bool:
+    """Whether products take float16 operands: on a GPU for 16-bit tensors."""
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16)
+
+
+class _OpticalLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ranges: Tensor,
+        step: Tensor,
+        first_row: Tensor,
+        converters: Converters,
+        observe: bool,
+    ) -> tuple[Tensor, ...]:
+        x_range, w_range, out_range = split_ranges(ranges)
+        place, wide = Place(step, first_row, 0), wide_dtype(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        left = convert(rows.to(wide), x_range, converters, second=False)
+        right = convert(weight.to(wide), w_range, converters, second=True).t()
+        operands = Operands(left, right, x_range, w_range)
+        shape = (*x.shape[:-1], len(weight)) if x.dim() > 1 else (1, len(weight))  # a vector is a batch of one row
+        y, seen = detect(operands, shape, out_range, converters, place, half=runs_in_half(x), observe=observe)
+        if observe:
+            seen = (*see(rows, converters, place, LEFT), *see(weight, converters, place, RIGHT), *seen)
+        if bias is not None:
+            y = y + bias.to(wide)
+        return y.to(x.dtype).view(*x.shape[:-1], len(weight)), *seen
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        needs = ctx.needs_input_grad
+        grad_x = (rows @ weight).view(x.shape) if needs[0] else None
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+        grad_bias = rows.sum(0) if needs[2] else None
+        return (grad_x, grad_weight, grad_bias, *(None for _ in needs[3:]))
+
+
+class _OpticalMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        a: Tensor, b: Tensor, ranges: Tensor, step: Tensor, first_row: Tensor, converters: Converters, observe: bool
+    ) -> tuple[Tensor, ...]:
+        a_range, b_range, out_range = split_ranges(ranges)
+        place, wide = Place(step, first_row, 1), wide_dtype(a.dtype)
+        left = convert(a.to(wide), a_range, converters, second=False)
+        right = convert(b.to(wide), b_range, converters, second=True)
+        operands, shape = Operands(left, right, a_range, b_range), (*a.shape[:-1], b.shape[-1])
+        y, seen = detect(operands, shape, out_range, converters, place, half=runs_in_half(a), observe=observe)
+        if observe:
+            seen = (*see(a, converters, place, LEFT), *see(b, converters, place, RIGHT), *seen)
+        return y.to(a.dtype), *seen
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_a = grad @ b.mT if needs[0] else None
+        grad_b = a.mT @ grad if needs[1] else None
+        return (grad_a, grad_b, *(None for _ in needs[2:]))

@@ -1,0 +1,229 @@
+"""Optical linear and attention on one GPU, compiled as in an artifact: errors, and time and memory beside dense.
+
+    python benchmarks/optical_kernels.py [check|time|tiles ...]
+
+`check` compares with the same products in float64: output in steps of its converter, gradients as relative errors.
+`time` gives medians of forward + backward from CUDA events, and the peak of memory beyond the inputs. `tiles` times the
+attention kernels for several launch configurations, which is how those in `optical_attention_cuda.py` were chosen.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from backends import load  # noqa: E402
+from backends.layers import BackendAttention, BackendLinear  # noqa: E402
+
+LINEARS = [(8192, 2048, 2048), (8192, 2048, 5632), (12288, 384, 1408)]  # tokens, in, out
+ATTENTIONS = [(8, 32, 4, 2048, 64), (16, 6, 2, 2048, 64)]  # batch, heads, key heads, tokens, head_dim
+
+
+class Products(BackendAttention):
+    """An attention layer that is its two products only."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return self.attend(q, k, v, mask=None, scale=self.head_dim**-0.5)
+
+
+def linear_case(backend: str, shape: tuple[int, ...]) -> tuple[nn.Module, dict[str, Tensor]]:
+    tokens, inputs, outputs = shape
+    layer = BackendLinear(inputs, outputs, bias=False, device="cuda", dtype=torch.bfloat16)
+    layer.set_backend(load(backend))
+    return layer.train(), {"x": torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)}
+
+
+def attention_case(backend: str, shape: tuple[int, ...]) -> tuple[nn.Module, dict[str, Tensor]]:
+    batch, heads, groups, tokens, head_dim = shape
+    layer = Products(heads, head_dim)
+    layer.set_backend(load(backend))
+    sizes = {"q": heads, "k": groups, "v": groups}
+    return layer.cuda().train(), {
+        name: torch.randn(batch, tokens, size, head_dim, device="cuda", dtype=torch.bfloat16)
+        for name, size in sizes.items()
+    }
+
+
+def compiled_step(layer: nn.Module, inputs: dict[str, Tensor], folder: Path) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Forward and backward regions of the layer, as one function from the output's gradient to all their results."""
+    from compiled import lowering
+    from compiled.capture import Sources, capture_stage
+    from compiled.stages import Slot, Stage
+
+    parameters = [Slot(name, name) for name, _ in layer.named_parameters()]
+    stage = Stage("", layer, parameters, [Slot(name, name) for name, _ in layer.named_buffers()])
+    sources = Sources(lowering.fake_mode(), torch.device("cuda"))
+    fakes = {name: sources.like(tensor, requires_grad=True) for name, tensor in inputs.items()}
+    with lowering.attention_context("cuda"), lowering.quiet_torch():
+        regions = capture_stage("layer", stage, fakes, sources)
+    runs = []
+    for index, region in enumerate(regions):
+        assert region is not None
+        path = folder / f"{type(layer).__name__}-{id(layer)}-{index}"
+        lowering.lower(region.graph, region.inputs, "cuda", path)
+        runs.append((region.spec, lowering.load(path, "cuda")))
+    given = {**dict(layer.named_parameters()), **dict(layer.named_buffers()), **inputs}
+    given = {name: tensor.detach() for name, tensor in given.items()}
+
+    def step(grad: Tensor) -> dict[str, Tensor]:
+        results: dict[str, Tensor] = {"grad_output": grad}
+        for spec, run in runs:
+            arguments = [(given | results)[one.name] for one in spec.inputs]
+            results |= zip([one.name for one in spec.outputs], run(arguments), strict=True)
+        return results
+
+    return step
+
+
+def calibrate(layer: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """One eager training step, so that every range is known. Returns a random gradient of its output."""
+    with torch.no_grad():
+        return torch.randn_like(layer(**inputs))
+
+
+def cases() -> Iterator[tuple[str, Callable[..., Any], tuple[int, ...]]]:
+    for shape in LINEARS:
+        yield "linear", linear_case, shape
+    for shape in ATTENTIONS:
+        yield "attention", attention_case, shape
+
+
+def check(folder: Path) -> None:
+    print(f"{'':34}{'output, steps: mean  max  flipped':>36}   gradients, relative")
+    for kind, make, shape in cases():
+        shape = (1, *shape[1:]) if kind == "attention" else (1024, *shape[1:])  # float64 needs the room
+        torch.manual_seed(1)
+        layer, inputs = make("optical", shape)
+        grad = calibrate(layer, inputs)
+        results = compiled_step(layer, inputs, folder)(grad)
+        wide = {name: tensor.double().requires_grad_() for name, tensor in inputs.items()}
+        state = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        reference = layer.double()
+        for name, buffer in state.items():
+            getattr(reference, name).copy_(buffer)
+        expected = reference(**wide)
+        expected.backward(grad.double())
+        step = (state["out_max"] - state["out_min"]).item() / 255
+        error = (results["output"].double() - expected).abs() / step
+        gradients = {name: tensor.grad for name, tensor in [*wide.items(), *reference.named_parameters()]}
+        errors = [f"{name} {relative(results[f'grad_{name}'], value):.1e}" for name, value in gradients.items()]
+        print(
+            f"{kind:10}{'x'.join(map(str, shape)):24}{error.mean():20.3f}{error.max():6.2f}"
+            f"{(error > 0.75).double().mean():9.4f}   {', '.join(errors)}",
+            flush=True,
+        )
+
+
+def relative(value: Tensor, expected: Any) -> float:
+    return float((value.double() - expected).norm() / expected.norm())
+
+
+def measure(folder: Path) -> None:
+    print(torch.cuda.get_device_name())
+    print(f"{'forward + backward':34}{'dense':>14}{'optical':>17}   ratio")
+    for kind, make, shape in cases():
+        figures = []
+        for backend in ("dense", "optical"):
+            layer, inputs = make(backend, shape)
+            grad = calibrate(layer, inputs)
+            figures.append(timed(compiled_step(layer, inputs, folder), grad))
+        (dense, dense_peak), (optical, peak) = figures
+        print(
+            f"{kind:10}{'x'.join(map(str, shape)):24}{dense:7.3f} ms {dense_peak:4.0f}M{optical:9.3f} ms {peak:4.0f}M"
+            f"{optical / dense:8.2f}",
+            flush=True,
+        )
+
+
+def timed(step: Callable[[Tensor], Any], grad: Tensor) -> tuple[float, float]:
+    """(median milliseconds, peak MiB beyond what is there before)."""
+    from triton.testing import do_bench
+
+    step(grad)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(grad)
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return do_bench(lambda: step(grad), warmup=50, rep=300, return_mode="median"), peak
+
+
+TILES = {
+    "forward_tiles": [
+        (128, 64, 8, 3),
+        (128, 64, 8, 2),
+        (64, 64, 4, 3),
+        (128, 32, 4, 3),
+        (128, 128, 8, 2),
+        (128, 64, 4, 2),
+    ],
+    "grad_query_tiles": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3)],
+    "grad_key_tiles": [
+        (32, 128, 8, 3),
+        (64, 128, 8, 2),
+        (32, 64, 4, 3),
+        (32, 64, 4, 2),
+        (64, 64, 4, 2),
+        (64, 128, 8, 3),
+    ],
+}
+KERNEL_OF = {
+    "forward_tiles": "attention_forward_kernel",
+    "grad_query_tiles": "attention_grad_query_kernel",
+    "grad_key_tiles": "attention_grad_key_kernel",
+}
+
+
+def try_tiles(_: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    import backends.kernels.optical_attention_cuda as kernels
+
+    for shape in [*ATTENTIONS, (8, 32, 8, 2048, 128)]:
+        layer, inputs = attention_case("optical", shape)
+        grad = calibrate(layer, inputs)
+        for tensor in inputs.values():
+            tensor.requires_grad_()
+        for function, choices in TILES.items():
+            before = getattr(kernels, function)
+            for choice in choices:
+                setattr(kernels, function, lambda _, choice=choice: choice)
+                try:
+                    for _ in range(2):
+                        layer(**inputs).backward(grad)
+                    with profile(activities=[ProfilerActivity.CUDA]) as record:
+                        for _ in range(5):
+                            layer(**inputs).backward(grad)
+                        torch.cuda.synchronize()
+                    spent = [e for e in record.key_averages() if e.key == KERNEL_OF[function]]
+                    print(
+                        shape,
+                        function,
+                        choice,
+                        f"{spent[0].device_time_total / spent[0].count / 1e3:.3f} ms",
+                        flush=True,
+                    )
+                except Exception as error:  # a tile that does not fit: the next one may
+                    print(shape, function, choice, type(error).__name__, str(error)[:90], flush=True)
+            setattr(kernels, function, before)
+
+
+def main() -> None:
+    parts = {"check": check, "time": measure, "tiles": try_tiles}
+    chosen = sys.argv[1:] or ["check", "time"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in chosen:
+            parts[name](Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,285 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import backends
+from backends.errors import UserError
+from backends.layers import BackendAttention, BackendLinear
+from backends.optical import Optical
+from tests.backends.contract import HEAD_DIM, HEADS, attend, attention_operands, calibrated, tensors
+
+
+def optical(**options) -> Optical:
+    return backends.load("optical", **options)
+
+
+def linear_layer(**options) -> BackendLinear:
+    layer = BackendLinear(6, 4)
+    layer.set_backend(optical(**options))
+    return layer
+
+
+# ---- options -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"q_levels": 1}, "q_levels is 1. Expected 2 to 65536."),
+        ({"q_lut_min": 1.0}, "q_lut_min is 1.0. Expected from 0 to below 1, or null for none."),
+        ({"q_lut_min": -0.1}, "q_lut_min is -0.1. Expected from 0 to below 1, or null for none."),
+        ({"q_quantiles": [0.9, 0.1]}, "q_quantiles is (0.9, 0.1). Expected [low, high] with 0 <= low < high <= 1"),
+        ({"q_smooth_factor": 1.0}, "q_smooth_factor is 1.0. Expected from 0 to below 1."),
+        ({"q_init_seed": -1}, "q_init_seed is -1. Expected 0 to 2^63 - 1."),
+        ({"dac_bits": 0}, "dac_bits is 0. Expected 1 to 16, or null for q_levels."),
+        ({"adc_bits": 17}, "adc_bits is 17. Expected 1 to 16, or null for q_levels."),
+        ({"photons_per_mac": 0}, "photons_per_mac is 0.0. Expected above 0, or null for no shot noise."),
+        ({"photons_per_mac": math.nan}, "photons_per_mac is nan. Expected above 0, or null for no shot noise."),
+        ({"q_level": 4}, "Unknown optical option 'q_level'. Did you mean 'q_levels'?"),
+        ({"q_quantiles": [0.1]}, "Option 'q_quantiles' of backend 'optical' is [0.1] (list)."),
+    ],
+)
+def test_an_option_out_of_bounds_is_one_line_that_says_what_fits(options, expected):
+    with pytest.raises(UserError) as error:
+        optical(**options)
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
+
+
+def test_converters_have_their_own_bits_or_the_common_levels():
+    assert (optical().converters.input_levels, optical().converters.output_levels) == (256, 256)
+    mixed = optical(q_levels=100, dac_bits=4).converters
+    assert (mixed.input_levels, mixed.output_levels) == (16, 100)
+    assert optical(adc_bits=10).converters.output_levels == 1024
+
+
+def test_the_fingerprint_covers_every_kernel_module_it_computes_with():
+    """Whatever the kernels import of the house is named."""
+    named, seen = set(Optical.source_modules), set()
+    for module in ("backends.optical", *named):
+        source = __import__(module, fromlist=["_"])
+        seen |= {value.__module__ for value in vars(source).values() if hasattr(value, "__module__")}
+    assert {name for name in seen if name.startswith("backends.kernels.")} == named
+
+
+# ---- bypass ------------------------------------------------------------------------------------------------------
+
+
+def test_bypass_is_dense_and_keeps_no_state():
+    plain, dense = optical(q_bypass=True), backends.load("dense")
+    assert not plain.linear_state(6, 4)
+    assert not plain.attention_state(HEADS, HEAD_DIM)
+    x, w, b = torch.randn(3, 6), torch.randn(4, 6), torch.randn(4)
+    assert torch.equal(plain.linear(x, w, b, {}, training=True)[0], F.linear(x, w, b))
+    q, k, v = attention_operands()
+    torch.testing.assert_close(attend(plain, q, k, v, {})[0], attend(dense, q, k, v, {})[0])
+    assert torch.equal(plain.matmul(q, k.repeat_interleave(2, 1).mT, {})[0], q @ k.repeat_interleave(2, 1).mT)
+
+
+# ---- state -------------------------------------------------------------------------------------------------------
+
+
+def test_ranges_start_unknown_and_combine_by_their_ends():
+    specs = optical().linear_state(6, 4)
+    assert list(specs) == ["x_min", "x_max", "w_min", "w_max", "out_min", "out_max", "step", "first_row", "layer"]
+    assert all(specs[name].fill == math.inf and specs[name].reduce == "min" for name in specs if name.endswith("_min"))
+    assert all(specs[name].fill == -math.inf and specs[name].reduce == "max" for name in specs if name.endswith("_max"))
+    assert (specs["step"].dtype, specs["step"].reduce, specs["first_row"].given) == ("int64", "max", "first_row")
+    assert list(optical().attention_state(HEADS, HEAD_DIM))[6:8] == ["scores_min", "scores_max"]
+
+
+def test_quantiles_combine_by_their_mean():
+    specs = optical(q_quantiles=(0.01, 0.99)).linear_state(6, 4)
+    assert {specs[f"{tensor}_{end}"].reduce for tensor in ("x", "w", "out") for end in ("min", "max")} == {"mean"}
+
+
+def test_ranges_follow_the_steps_as_a_plain_loop_says():
+    layer = linear_layer(q_smooth_factor=0.8)
+    expected = None
+    for step in range(5):
+        x = torch.randn(7, 6) * (step + 1)
+        product = x @ layer.weight.detach().T
+        if expected is not None:  # the operands of this step pass the ranges of the step before
+            known = [torch.tensor(end) for end in expected]
+            product = quantised(x, *known[:2]) @ lifted(quantised(layer.weight.detach(), *known[2:4]), *known[2:4]).T
+        seen = [float(end) for t in (x, layer.weight.detach(), product) for end in (t.min(), t.max())]
+        expected = seen if expected is None else [0.8 * a + 0.2 * b for a, b in zip(expected, seen, strict=True)]
+        layer(x)
+        got = [float(layer.get_buffer(f"{t}_{end}")) for t in ("x", "w", "out") for end in ("min", "max")]
+        assert got == pytest.approx(expected, rel=1e-5)
+        assert int(layer.step) == step + 1
+
+
+def quantised(x, low, high):
+    return ((x.clamp(low, high) - low) / (high - low + 1e-8) * 255).round() / 255 * (high - low) + low
+
+
+def lifted(w, low, high):
+    w = torch.where((w > 0) & (w < 0.020040 * high), 0.020040 * high, w)
+    return torch.where((w < 0) & (w > 0.020040 * low), 0.020040 * low, w)
+
+
+def test_the_first_step_passes_everything_through():
+    layer = linear_layer()
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_the_range_of_results_grows_beyond_the_old_one():
+    """It is seen before clamping: seen after, it could only shrink."""
+    layer = linear_layer()
+    x = torch.randn(5, 6)
+    layer(x)
+    before = float(layer.out_max), float(layer.out_min)
+    for _ in range(60):
+        layer(4 * x)
+    assert float(layer.out_max) > 3 * before[0]
+    assert float(layer.out_min) < 3 * before[1]
+
+
+def test_evaluation_changes_nothing_and_gives_the_same_twice():
+    layer = linear_layer()
+    x = torch.randn(5, 6)
+    layer(x)
+    layer.eval()
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    assert torch.equal(layer(3 * x), layer(3 * x))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+
+
+def test_evaluation_before_any_training_is_refused():
+    layer = linear_layer().eval()
+    with pytest.raises(UserError, match="not calibrated"):
+        layer(torch.randn(5, 6))
+
+
+def test_parts_of_a_batch_give_the_state_of_the_whole():
+    """Minimum of the new lower ends, maximum of the upper ones: the average of the extremes of all rows."""
+    backend, w = optical(), torch.randn(4, 6)
+    state = tensors(backend.linear_state(6, 4))
+    state |= backend.linear(torch.randn(8, 3, 6), w, None, state, training=True)[1]
+    x = torch.randn(8, 3, 6) * 2
+    whole = backend.linear(x, w, None, state, training=True)[1]
+    for rows in (1, 2, 4):
+        parts = [
+            backend.linear(part, w, None, state | {"first_row": torch.tensor(rows * number)}, training=True)[1]
+            for number, part in enumerate(x.split(rows))
+        ]
+        for name, spec in backend.linear_state(6, 4).items():
+            if spec.given is None:
+                stacked = torch.stack([part[name] for part in parts])
+                combined = stacked.amin(0) if spec.reduce == "min" else stacked.amax(0)
+                torch.testing.assert_close(combined, whole[name], rtol=1e-6, atol=0)
+
+
+def test_quantile_ranges_cut_outliers():
+    x = torch.randn(64, 6)
+    x[0, 0] = 1000.0
+    layer = linear_layer(q_quantiles=[0.01, 0.99])
+    layer(x)
+    expected = torch.quantile(x, torch.tensor([0.01, 0.99]))
+    torch.testing.assert_close(torch.stack([layer.x_min, layer.x_max]), expected)
+    assert layer.x_max < 10
+
+
+def test_broken_numbers_reach_the_result_and_not_the_ranges():
+    layer, x = linear_layer(), torch.randn(5, 6)
+    layer(x)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    for broken in (math.nan, math.inf, -math.inf):
+        bad = x.clone()
+        bad[1, 2] = broken
+        assert layer(bad).square().mean().isnan()
+    assert layer.x_max == pytest.approx(float(before["x_max"]))
+    assert all(buffer.isfinite() for buffer in layer.buffers())
+    assert layer(x).isfinite().all()
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------
+
+
+def test_attention_keeps_ten_ends_and_a_step():
+    backend, (q, k, v) = optical(), attention_operands()
+    state = calibrated(backend, q, k, v)
+    assert state["q_max"] == q.max()
+    assert state["v_min"] == v.min()
+    assert int(state["step"]) == 1
+    new = attend(backend, 2 * q, k, v, state, training=True)[1]
+    assert float(new["q_max"]) == pytest.approx(0.9 * float(q.max()) + 0.1 * float(2 * q.max()))
+    assert float(new["scores_max"]) > float(state["scores_max"])
+
+
+def test_attention_after_calibration_is_near_the_plain_one_and_nearer_with_more_levels():
+    q, k, v = attention_operands()
+    exact = attend(backends.load("dense"), q, k, v, {})[0]
+    errors = []
+    for levels in (8, 64, 1024):
+        backend = optical(q_levels=levels, q_lut_min=None)
+        errors.append(float((attend(backend, q, k, v, calibrated(backend, q, k, v))[0] - exact).abs().mean()))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2] > 0
+
+
+def test_a_layer_with_attention_dithers_anew_each_step():
+    layer = BackendAttention(HEADS, HEAD_DIM)
+    layer.set_backend(optical(q_levels=16, q_smooth_factor=0.0))
+    q, k, v = attention_operands()
+    first, second, third = (layer.attend(q, k, v, mask=None, scale=HEAD_DIM**-0.5) for _ in range(3))
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_equal_layers_round_independently():
+    """Were their random numbers the same, the errors of all layers would be correlated, by half, and add up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64, bias=False), nn.Linear(8, 64, bias=False))
+    backends.route(model, [{"match": "*", "use": "optical", "q_levels": 16, "q_lut_min": None}])
+    x, errors = torch.randn(512, 8), []
+    for layer in model:
+        layer(x)
+        infinite = {name: torch.tensor(math.inf) for name in ("out_min", "out_max")}
+        exact = layer.backend.linear(x, layer.weight, None, dict(layer.named_buffers()) | infinite)[0]
+        errors.append((layer(x) - exact).flatten().double().detach())
+    correlation = torch.corrcoef(torch.stack(errors))[0, 1]
+    assert abs(correlation) < 4 / math.sqrt(len(errors[0]))
+
+
+# ---- programs ----------------------------------------------------------------------------------------------------
+
+
+def assert_compiles_to_the_same(compute, leaves, state):
+    """The forward, its state and its backward are one graph each, and give what eager gives."""
+    y, new_state = torch.compile(compute, fullgraph=True, backend="aot_eager")(*leaves, state)
+    expected, expected_state = compute(*leaves, state)
+    torch.testing.assert_close((y, new_state), (expected, expected_state))
+    upstream = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, leaves, upstream)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected, leaves, upstream))
+
+
+@pytest.mark.slow
+# torch's own tracer of autograd functions raises it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("options", [{}, {"photons_per_mac": 50.0, "q_quantiles": [0.01, 0.99]}])
+def test_torch_compile_gives_what_eager_gives(options):
+    backend, x, w = optical(**options), torch.randn(5, 6), torch.randn(4, 6)
+    state = tensors(backend.linear_state(6, 4))
+    state |= backend.linear(x, w, None, state, training=True)[1]
+    leaves = (x.requires_grad_(), w.requires_grad_())
+    assert_compiles_to_the_same(lambda x, w, s: backend.linear(x, w, None, s, training=True), leaves, state)
+    q, k, v = attention_operands()
+    state = calibrated(backend, q, k, v)
+    leaves = tuple(operand.requires_grad_() for operand in (q, k, v))
+    assert_compiles_to_the_same(lambda q, k, v, s: attend(backend, q, k, v, s, training=True), leaves, state)
+
+
+# ---- cost --------------------------------------------------------------------------------------------------------
+
+
+def test_cost_has_joules_unless_bypassed():
+    assert optical().cost(4, 8, 2).joules > 0
+    assert optical(q_bypass=True).cost(4, 8, 2).joules is None
+    assert optical().cost(4, 8, 2).flops == 2 * 4 * 8 * 2
+    assert optical(adc_bits=12).cost(4, 8, 2).joules > optical(adc_bits=8).cost(4, 8, 2).joules
