@@ -56,10 +56,9 @@ def compiled_step(layer: nn.Module, inputs: dict[str, Tensor], folder: Path) -> 
     """Forward and backward regions of the layer, as one function from the output's gradient to all their results."""
     from compiled import lowering
     from compiled.capture import Sources, capture_stage
-    from compiled.stages import Slot, Stage
+    from compiled.stages import stage_of
 
-    parameters = [Slot(name, name) for name, _ in layer.named_parameters()]
-    stage = Stage("", layer, parameters, [Slot(name, name) for name, _ in layer.named_buffers()])
+    stage = stage_of("", layer, {id(parameter): name for name, parameter in layer.named_parameters()}, {"": ""})
     sources = Sources(lowering.fake_mode(), torch.device("cuda"))
     fakes = {name: sources.like(tensor, requires_grad=True) for name, tensor in inputs.items()}
     with lowering.attention_context("cuda"), lowering.quiet_torch():
