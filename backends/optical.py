@@ -42,6 +42,11 @@ class Optical(Backend):
         "backends.kernels.optical_product",
         "backends.kernels.optical_linear",
         "backends.kernels.optical_attention",
+        "backends.kernels.optical_attention_cuda",
+        "backends.kernels.triton_attention_forward",
+        "backends.kernels.triton_attention_backward",
+        "backends.kernels.triton_functions",
+        "backends.kernels.triton_quantiser",
     )
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
