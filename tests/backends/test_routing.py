@@ -78,7 +78,7 @@ def test_without_rules_everything_is_dense():
 def test_the_default_leaves_the_head_dense():
     planned = plan(LAYERS, default=SCALED)
     assert backend_names(planned) == {name: "dense" if name == "lm_head" else SCALED for name in LAYERS}
-    assert [row.match for row in planned.routes] == ["(default)", "(dense)"]
+    assert [row.match for row in planned.routes] == ["(default)", "(head, left alone)"]
 
 
 def test_a_backend_without_attention_leaves_attention_to_later_rules_and_to_dense():
@@ -101,8 +101,23 @@ def test_the_table():
         "*.mlp.*", f"{SCALED}(levels=8)", "6", "layers.{0-2}.mlp.{up,down}_proj", "840", "38.2%",
     ]  # fmt: skip
     assert lines[2].split() == ["*.self_attn", "dense", "3", "layers.{0-2}.self_attn", "0", "19.1%"]
-    assert lines[3].split() == ["(default)", "dense", "13", "layers.{0-2}.self_attn.{q,k,v,o}_proj", "856", "42.6%"]
-    assert lines[4].split() == ["lm_head"]
+    assert lines[3].split() == ["(default)", "dense", "12", "layers.{0-2}.self_attn.{q,k,v,o}_proj", "768", "38.2%"]
+    assert lines[4].split("  ")[0] == "(head, left alone)"
+    assert lines[4].split()[3:] == ["dense", "1", "lm_head", "88", "4.4%"]
+    assert lines[5] == "Routed to other backends than dense: 6 of 22 layers."
+
+
+def test_the_table_names_the_options_that_are_not_the_defaults():
+    def shown(**options):
+        return plan(LAYERS, [{"match": "*.mlp.*", "use": SCALED, **options}]).table().splitlines()[1].split()[1]
+
+    assert (shown(), shown(levels=256), shown(levels=8)) == (SCALED, SCALED, f"{SCALED}(levels=8)")
+
+
+def test_the_default_may_have_options():
+    planned = plan(LAYERS, [{"match": "*.mlp.*", "use": "dense"}], {"use": SCALED, "levels": 8})
+    assert planned.backend_of("layers.0.self_attn").config.levels == 8
+    assert planned.backend_of("layers.0.mlp.up_proj").name == planned.backend_of("lm_head").name == "dense"
 
 
 def test_the_json_holds_backend_options_fingerprint_and_layers():
