@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from backends.layers import BackendAttention, BackendLinear
     from backends.routing import Plan, plan, route
     from backends.routing_rules import LayerInfo, Rule
-    from backends.rules_file import RulesFile, read_rules
+    from backends.rules_file import read_rules
+    from backends.rules_forms import RulesFile
     from backends.state import collect_state
 
 __all__ = [
@@ -46,7 +47,7 @@ _LAZY = {
     "LayerInfo": "backends.routing_rules",
     "Plan": "backends.routing",
     "Rule": "backends.routing_rules",
-    "RulesFile": "backends.rules_file",
+    "RulesFile": "backends.rules_forms",
     "collect_state": "backends.state",
     "plan": "backends.routing",
     "read_rules": "backends.rules_file",
