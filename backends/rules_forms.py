@@ -58,7 +58,7 @@ def by_name_form(content: Mapping[str, Any], name: str) -> RulesFile:
     for layer, options in by_name.items():
         where = f"Key '{layer}' of rules file {name}"
         if not isinstance(layer, str):
-            raise UserError(f"{where} is a {type(layer).__name__}. Expected a layer name.")
+            raise UserError(f"{where} is no text. Expected a layer name.")
         backend = _backend_of(options, where)
         if layer == "default":
             default = {**backend, "origin": name}
@@ -103,7 +103,9 @@ def _backend_of(options: Any, where: str) -> dict[str, Any]:
     """{q_levels: 16} → {use: optical, q_levels: 16}; null → {use: dense}."""
     if options is None:
         return {"use": "dense"}
-    for key in _section(options, where):
+    if not isinstance(options, Mapping):
+        raise UserError(f"{where} is {options!r}. Expected a mapping of options, or null to leave the layer alone.")
+    for key in options:
         if not isinstance(key, str) or key in OWN_KEYS:
             raise UserError(f"{where} has the key {key!r}. Expected options of the {BACKEND} backend only.")
     return {"use": BACKEND, **options}

@@ -32,10 +32,12 @@ def with_rules_file(given: list[Assignment], keys: Mapping[str, Key]) -> list[As
     lower, higher = _without(FILE, given[:level]), _without(FILE, given[level:])
     if name is None or (name == "null" and not origin):
         return [*lower, *higher]
+    if origin and not (isinstance(name, str) and name):
+        raise UserError(f"Wrong value {FILE}={name!r}{origin}. Expected {keys[FILE].expected}.")
     own = [item for item in higher if item.path == RULES]
     first = _as_list(own[-1]) if own else []
-    if not isinstance(name, str) or not name or first is None:
-        return given  # a value that is not of its setting's type gets the usual error
+    if not name or first is None:
+        return given  # an empty text, or rules that are no list: each gets the error that any setting does
     file = read_rules(name)
     rules = Assignment(RULES, [*first, *file.rules], f" in {file.name}")
     return [*_without(RULES, lower), *_settings_of(file, keys), *_without(RULES, higher), rules]
