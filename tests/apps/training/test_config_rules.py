@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -169,3 +172,13 @@ def test_a_settings_file_has_no_name_of_a_file(name: str) -> None:
 def test_a_program_without_the_setting_does_not_know_it() -> None:
     with pytest.raises(UserError, match="Unknown setting 'backend.rules_file'"):
         parse_dataclass(Lora, ["backend.rules_file=rules.yaml"])
+
+
+def test_reading_a_rules_file_needs_no_torch() -> None:
+    code = (
+        "import sys; from apps.training.config import parse\n"
+        "assert parse(['command=run', 'backend.rules_file=optical']).backend.rules\n"
+        "assert 'torch' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
