@@ -4,9 +4,10 @@
     python apps/inspect_artifact.py FILE region=block_0_forward
     python apps/inspect_artifact.py FILE extract_dir=DIR
 
-Without a region: what the step was compiled for, its regions, and the schedule that runs them. With one: its inputs and
-outputs by name with shape, dtype and stride, and its traced graph. `extract_dir` writes every member (manifest, graphs,
-machine code) into a folder. The file is verified first: a truncated or altered one is refused.
+Without a region: what the step was compiled for, which backend computes which layer, its regions, and the schedule that
+runs them. With one: its inputs and outputs by name with shape, dtype and stride, and its traced graph. `extract_dir`
+writes every member (manifest, graphs, machine code) into a folder. The file is verified first: a truncated or altered
+one is refused.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def with_file(argv: Sequence[str]) -> list[str]:
 def artifact_text(artifact: Artifact) -> str:
     """The manifest as titled tables."""
     from apps.training.compile_command import region_table
-    from backends.routing_table import count_text, plain_table
+    from backends.routing_table import count_text, plain_table, routed_table
     from compiled.spec import flatten
 
     manifest = artifact.manifest
@@ -81,6 +82,7 @@ def artifact_text(artifact: Artifact) -> str:
     ]
     sections = {
         "Compiled for": plain_table([("field", "value"), *spec]),
+        "Layers and backends": routed_table(manifest["routing"]),
         "Step": plain_table([("fact", "value"), *facts]),
         "Regions": region_table(artifact),
         "Schedule": schedule_text(artifact),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from backends.layers import BackendAttention, BackendLinear
     from backends.routing import Plan, plan, route
     from backends.routing_rules import LayerInfo, Rule
+    from backends.rules_file import read_rules
+    from backends.rules_forms import RulesFile
     from backends.state import collect_state
 
 __all__ = [
@@ -28,11 +30,13 @@ __all__ = [
     "LayerInfo",
     "Plan",
     "Rule",
+    "RulesFile",
     "UserError",
     "available",
     "collect_state",
     "load",
     "plan",
+    "read_rules",
     "route",
 ]
 
@@ -43,8 +47,10 @@ _LAZY = {
     "LayerInfo": "backends.routing_rules",
     "Plan": "backends.routing",
     "Rule": "backends.routing_rules",
+    "RulesFile": "backends.rules_forms",
     "collect_state": "backends.state",
     "plan": "backends.routing",
+    "read_rules": "backends.rules_file",
     "route": "backends.routing",
 }
 # The source says whether a file is a backend, so the house's own files (routing.py, layers.py, ...) need no list.
@@ -64,7 +70,7 @@ def available() -> tuple[str, ...]:
     return tuple(file.stem for file in files if _DEFINES_BACKEND.search(file.read_text(encoding="utf-8")))
 
 
-def load(name: str, **options: Any) -> Backend:
+def load(name: str, /, **options: Any) -> Backend:
     """Build the backend called `name`: a file name of this folder, or `package.module:Class` from outside.
 
     `options` are the fields of the backend's Config; an unknown field or a value of another type is a UserError.

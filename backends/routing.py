@@ -16,8 +16,9 @@ from backends import load
 from backends.base import Backend
 from backends.errors import UserError
 from backends.layers import BackendAttention, BackendLinear
-from backends.routing_rules import LayerInfo, Rule, is_head, takes_nothing
-from backends.routing_table import count_text, plain_table, shorten
+from backends.routing_errors import takes_nothing
+from backends.routing_rules import LayerInfo, Rule, is_head
+from backends.routing_table import backend_text, routed_table
 
 __all__ = ["LayerInfo", "Plan", "Route", "Rule", "layers_of", "plan", "route"]
 
@@ -44,63 +45,72 @@ class Plan:
 
     def table(self) -> str:
         """Pattern, backend, count, layers, parameters, share of the routed layers' FLOPs, as text."""
-        rows = [("pattern", "backend", "count", "layers", "parameters", "FLOPs")]
-        total = sum(layer.flops_per_token for layer in self.layers.values()) or 1.0
-        for route in self.routes:
-            infos = [self.layers[name] for name in route.layers]
-            share = sum(info.flops_per_token for info in infos) / total
-            names = shorten(route.layers)
-            parameters = count_text(sum(info.parameters for info in infos))
-            rows.append((route.match, str(route.backend), str(len(infos)), names[0], parameters, f"{share:.1%}"))
-            rows += [("", "", "", name, "", "") for name in names[1:]]
-        return plain_table(rows, right=(2, 4, 5))
+        return routed_table(self.to_json())
 
     def to_json(self) -> list[dict[str, Any]]:
         """What an artifact's manifest stores: rows with the backend's name, options and source fingerprint."""
-        return [
-            {
-                "match": route.match,
-                "use": route.backend.name,
-                "options": route.backend.options(),
-                "fingerprint": route.backend.fingerprint(),
-                "layers": list(route.layers),
-            }
-            for route in self.routes
-        ]
+        total = sum(layer.flops_per_token for layer in self.layers.values()) or 1.0
+        rows = []
+        for route in self.routes:
+            infos = [self.layers[name] for name in route.layers]
+            rows.append(
+                {
+                    "match": route.match,
+                    "use": route.backend.name,
+                    "options": route.backend.options(),
+                    "backend": backend_text(route.backend),
+                    "fingerprint": route.backend.fingerprint(),
+                    "layers": list(route.layers),
+                    "parameters": sum(info.parameters for info in infos),
+                    "flops_share": sum(info.flops_per_token for info in infos) / total,
+                }
+            )
+        return rows
 
 
 def plan(
-    layers: Mapping[str, LayerInfo], rules: Sequence[Rule | Mapping[str, Any]] = (), default: str = "dense"
+    layers: Mapping[str, LayerInfo],
+    rules: Sequence[Rule | Mapping[str, Any]] = (),
+    default: str | Mapping[str, Any] = "dense",
 ) -> Plan:
     """Assign a backend to every layer. Pure: the same arguments give an equal plan, and nothing is changed.
 
-    A rule that takes no layer is a UserError: a misspelt pattern must not train a dense model in silence.
+    `default`: a backend's name, or {use: NAME, option: value, ...}. A rule that takes no layer is a UserError: a
+    misspelt pattern must not train a dense model in silence.
     """
     left = dict(layers)
     routes: list[Route] = []
     for given in rules:
         rule = given if isinstance(given, Rule) else Rule.from_mapping(given)
-        backend = load(rule.use, **rule.options)
-        taken = tuple(name for name, info in left.items() if rule.names(name) and backend.computes(info.kind))
+        backend = _backend_of(rule)
+        taken = tuple(
+            name for name, info in left.items() if rule.names(name, info.kind) and backend.computes(info.kind)
+        )
         if not taken:
             raise takes_nothing(rule, backend, layers, {route.match: route.layers for route in routes})
-        routes.append(Route(rule.match, backend, taken))
+        routes.append(Route(rule.pattern, backend, taken))
         for name in taken:
             del left[name]
-    fallback = load(default)
-    defaulted = tuple(name for name, info in left.items() if _takes_by_default(fallback, name, info))
-    others = tuple(name for name in left if name not in defaulted)
-    if defaulted:
-        routes.append(Route("(default)", fallback, defaulted))
-    if others:
-        routes.append(Route("(dense)", load("dense"), others))
+    fallback, dense = _backend_of(Rule.of_default(default)), load("dense")
+    # Where anything leaves dense, a head that stays gets a row of its own, so that the table shows it.
+    apart = any(row.backend != dense for row in routes) or fallback != dense
+    heads = tuple(name for name in left if apart and is_head(name))
+    defaulted = tuple(name for name, info in left.items() if fallback.computes(info.kind) and name not in heads)
+    others = tuple(name for name in left if name not in (*defaulted, *heads))
+    for label, backend, names in (
+        ("(default)", fallback, defaulted),
+        ("(dense)", dense, others),
+        ("(head, left alone)", dense, heads),
+    ):
+        if names:
+            routes.append(Route(label, backend, names))
     return Plan(dict(layers), tuple(routes))
 
 
 def route(
     model: nn.Module,
     rules: Sequence[Rule | Mapping[str, Any]] = (),
-    default: str = "dense",
+    default: str | Mapping[str, Any] = "dense",
     *,
     sequence_length: int | None = None,
 ) -> Plan:
@@ -161,5 +171,11 @@ def _linear_info(layer: nn.Linear) -> LayerInfo:
     )
 
 
-def _takes_by_default(backend: Backend, name: str, info: LayerInfo) -> bool:
-    return backend.computes(info.kind) and (not is_head(name) or backend == load("dense"))
+def _backend_of(rule: Rule) -> Backend:
+    """The rule's backend; a mistake in its options names the file the rule stands in, if it stands in one."""
+    try:
+        return load(rule.use, **rule.options)
+    except UserError as error:
+        if not rule.origin:
+            raise
+        raise UserError(f"{rule}: {error}") from error

@@ -1,32 +1,36 @@
-"""A routing rule, the layers it names, and what to tell who wrote one that takes no layer.
+"""A routing rule and the layers it names. Imports no torch: settings are checked with it.
 
 A rule is `{match: PATTERN, use: BACKEND, option: value, ...}`. PATTERN is a glob over a layer's full dotted name (`*`
 also crosses dots, `?` and `[0-3]` as in a shell): `*.mlp.*` takes the MLP's linears, `*.self_attn` the attention
-products, `*.self_attn.*` the linears inside attention. The language-model head (any layer with `lm_head` in its path)
-is taken only by a pattern that spells `lm_head` out (`lm_head`, `*lm_head`).
+products, `*.self_attn.*` the linears inside attention. With `syntax: regex` it is a regular expression that has to
+match the whole name, with `syntax: exact` the name itself; `only: linear` or `only: attention` narrows a rule to one
+kind of layer. The language-model head (any layer with `lm_head` in its path) is taken only by a pattern that spells
+`lm_head` out (`lm_head`, `*lm_head`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
-from difflib import SequenceMatcher
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from backends.base import Backend
 from backends.errors import UserError, did_you_mean
-from backends.routing_table import shorten
 
 HEAD = "lm_head"
+Kind = Literal["linear", "attention"]
+Syntax = Literal["glob", "regex", "exact"]
+# What a rule says about itself; every other key is an option of its backend.
+OWN_KEYS = ("match", "use", "syntax", "only", "origin")
+FORM = "Expected {match: PATTERN, use: BACKEND, option: value, ...}."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInfo:
     """What a plan needs to know of a layer; `flops_per_token` of its products in the forward, in dense arithmetic."""
 
-    kind: Literal["linear", "attention"]
+    kind: Kind
     in_features: int
     out_features: int
     parameters: int
@@ -35,28 +39,78 @@ class LayerInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Layers whose name matches go to the backend called `use`, built with `options`."""
+    """Layers whose name matches go to the backend called `use`, built with `options`.
+
+    `origin` is the file the rule was written in, for errors; it decides nothing.
+    """
 
     match: str
     use: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    syntax: Syntax = "glob"
+    only: Kind | None = None
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        for key, kinds in (("syntax", get_args(Syntax)), ("only", (*get_args(Kind), None))):
+            given, choices = getattr(self, key), [kind for kind in kinds if kind]
+            if given not in kinds:
+                near = did_you_mean(str(given), choices)
+                raise UserError(f"{self} has {key}={given!r}. Expected {' or '.join(choices)}.{near}")
+        if self.syntax == "regex":
+            try:
+                re.compile(self.match)
+            except re.error as error:
+                raise UserError(
+                    f"{self} is no regular expression: {error}. Expected one that matches whole layer names, "
+                    r"for example '.*\.mlp\..*'."
+                ) from None
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> Rule:
         """Read one entry of `backend.rules`."""
-        form = "Expected {match: PATTERN, use: BACKEND, option: value, ...}."
         if not isinstance(given, Mapping):
-            raise UserError(f"A routing rule is {given!r}. {form}")
+            raise UserError(f"A routing rule is {given!r}. {FORM}")
         for key in ("match", "use"):
             if not isinstance(given.get(key), str):
-                near = did_you_mean(key, [name for name in given if name not in ("match", "use")])
+                near = did_you_mean(key, [name for name in given if name not in OWN_KEYS])
                 near = near.replace("Did you mean", "Is it what you meant by") if near else ""
-                raise UserError(f"Routing rule {dict(given)} has no text for '{key}'.{near} {form}")
-        return cls(given["match"], given["use"], {k: v for k, v in given.items() if k not in ("match", "use")})
+                raise UserError(f"Routing rule {dict(given)} has no text for '{key}'.{near} {FORM}")
+        own = {key: given[key] for key in OWN_KEYS if key in given}
+        return cls(**own, options=_options(given))
 
-    def names(self, layer: str) -> bool:
-        """Whether the pattern covers the layer's full name, the head's exception included."""
-        return fnmatchcase(layer, self.match) and (HEAD in self.match or not is_head(layer))
+    @classmethod
+    def of_default(cls, given: str | Mapping[str, Any]) -> Rule:
+        """What `backend.default` says, a backend's name or {use: BACKEND, option: value, ...}, as a rule for all."""
+        if isinstance(given, str):
+            return cls("(default)", given)
+        is_mapping = isinstance(given, Mapping) and isinstance(given.get("use"), str)
+        if not is_mapping or {"match", "syntax", "only"} & set(given):
+            raise UserError(
+                f"The default backend is {given!r}. Expected a backend's name or {{use: BACKEND, option: value, ...}}."
+            )
+        return cls("(default)", given["use"], _options(given), origin=given.get("origin", ""))
+
+    def __str__(self) -> str:
+        if self.match == "(default)":
+            return "The default backend" + (f" of {self.origin}" if self.origin else "")
+        return f"Routing rule '{self.match}'" + (f" of {self.origin}" if self.origin else "")
+
+    @property
+    def pattern(self) -> str:
+        """The pattern as tables show it: `* (linear)` for a rule that names one kind only."""
+        return f"{self.match} ({self.only})" if self.only else self.match
+
+    def matches(self, layer: str) -> bool:
+        """Whether the pattern covers the layer's full name, the head like any other."""
+        if self.syntax == "regex":
+            return re.fullmatch(self.match, layer) is not None
+        return layer == self.match if self.syntax == "exact" else fnmatchcase(layer, self.match)
+
+    def names(self, layer: str, kind: Kind) -> bool:
+        """Whether the rule means the layer: name, kind, and the head's exception."""
+        spelt_out = HEAD in self.match or not is_head(layer)
+        return spelt_out and self.only in (None, kind) and self.matches(layer)
 
 
 def is_head(layer: str) -> bool:
@@ -64,35 +118,8 @@ def is_head(layer: str) -> bool:
     return HEAD in layer.split(".")
 
 
-def takes_nothing(
-    rule: Rule, backend: Backend, layers: Mapping[str, LayerInfo], taken_before: Mapping[str, Iterable[str]]
-) -> UserError:
-    """Say why a rule takes no layer, and what to type instead. `taken_before`: pattern → layers of earlier rules."""
-    given = f"Routing rule '{rule.match}' → {backend}"
-    matched = [name for name in layers if rule.names(name)]
-    computable = [name for name in matched if backend.computes(layers[name].kind)]
-    if computable:
-        takers = [f"'{match}'" for match, names in taken_before.items() if set(names) & set(computable)]
-        return UserError(
-            f"{given} takes no layer: {' and '.join(takers)} before it took all {len(computable)} that it matches "
-            "(the first match wins). Put it first, or remove it."
-        )
-    if matched:
-        kind = layers[matched[0]].kind
-        return UserError(f"{given} takes no layer: it matches {kind} layers only, which this backend does not compute.")
-    if any(fnmatchcase(name, rule.match) for name in layers):
-        return UserError(f"{given} takes no layer: it matches the head only, and a rule for that must name '{HEAD}'.")
-    return UserError(f"{given} matches no layer. Near it: {_nearest(rule.match, layers)}.")
-
-
-def _nearest(pattern: str, layers: Iterable[str]) -> str:
-    """Up to three groups of layers whose path has parts that look like those the pattern spells out."""
-
-    def likeness(name: str) -> float:
-        parts = name.split(".")
-        return sum(max(SequenceMatcher(None, word, part).ratio() for part in parts) for word in words)
-
-    words = [word for word in re.split(r"[.*?]+", pattern) if word]
-    names = sorted(layers, key=likeness, reverse=True)
-    best = [name for name in names if likeness(name) == likeness(names[0])]
-    return ", ".join(shorten(best)[:3]) or "nothing, for the model has no linear or attention layer"
+def _options(given: Mapping[str, Any]) -> dict[str, Any]:
+    for key in given:
+        if not isinstance(key, str):
+            raise UserError(f"Routing rule {dict(given)} has the option {key!r}. {FORM}")
+    return {key: value for key, value in given.items() if key not in OWN_KEYS}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 # A group of names: at each dotted position the values it may have. The group is their full product.
 Group = tuple[tuple[str, ...], ...]
@@ -37,6 +39,26 @@ def plain_table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def routed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `Plan.to_json`, as a plan or an artifact's manifest holds them, as a text table and its sum."""
+    cells = [("pattern", "backend", "count", "layers", "parameters", "FLOPs")]
+    for row in rows:
+        names, parameters = shorten(row["layers"]), count_text(row["parameters"])
+        count, share = str(len(row["layers"])), f"{row['flops_share']:.1%}"
+        cells.append((row["match"], row["backend"], count, names[0], parameters, share))
+        cells += [("", "", "", name, "", "") for name in names[1:]]
+    total = sum(len(row["layers"]) for row in rows)
+    moved = sum(len(row["layers"]) for row in rows if row["use"] != "dense")
+    return f"{plain_table(cells, right=(2, 4, 5))}\nRouted to other backends than dense: {moved} of {total} layers."
+
+
+def backend_text(backend: Any) -> str:
+    """A backend with the options that are not its defaults: `optical(q_levels=16)`."""
+    defaults = {field.name: field.default for field in dataclasses.fields(backend.config)}
+    changed = [f"{name}={value!r}" for name, value in backend.options().items() if value != defaults.get(name)]
+    return f"{backend.name}({', '.join(changed)})" if changed else backend.name
 
 
 def count_text(value: float) -> str:

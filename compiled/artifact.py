@@ -21,7 +21,17 @@ from compiled.regions import Region, RegionSpec
 from compiled.spec import SCHEMA_VERSION, FieldDifference, StepSpec, difference, difference_table
 
 SUFFIX = ".substrate"
-_MANIFEST_PARTS = {"spec", "regions", "schedule", "optimizer", "parameters", "cost", "compile_seconds", "members"}
+_MANIFEST_PARTS = {
+    "spec",
+    "routing",
+    "regions",
+    "schedule",
+    "optimizer",
+    "parameters",
+    "cost",
+    "compile_seconds",
+    "members",
+}
 _COMPILE_AGAIN = "compile it again with command=compile."
 
 

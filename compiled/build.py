@@ -3,7 +3,9 @@
 import hashlib
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from backends.precision import PrecisionPolicy
 from compiled import lowering
@@ -22,14 +24,16 @@ def build(
     optimizer: Optimizer,
     policy: PrecisionPolicy,
     *,
+    routing: Sequence[Mapping[str, Any]] = (),
     workers: int | None = None,
     debug: Path | None = None,
     report: Report = lambda spec, done, total: None,
 ) -> bytes:
     """Compile the train step of `model` (on the meta device) for `spec` and return the artifact's bytes.
 
-    `workers` processes lower regions side by side (None: one for each core). `debug` keeps graphs and generated code
-    in that folder.
+    `routing`: the rows of the plan that gave every layer its backend, for people who inspect the artifact; what a run
+    is compared with is in `spec`. `workers` processes lower regions side by side (None: one for each core). `debug`
+    keeps graphs and generated code in that folder.
     """
     started = time.perf_counter()
     lowering.require_compiler(spec.device["kind"])
@@ -52,6 +56,7 @@ def build(
         files[f"host/{name}"] = content
     manifest = {
         "spec": spec.to_json(),
+        "routing": list(routing),
         "regions": {name: region.to_json() for name, region in specs.items()},
         "schedule": schedule.to_json(),
         "optimizer": {"state": list(optimizer.state_names), "hyperparameters": list(optimizer.hyperparameter_names)},

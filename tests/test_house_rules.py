@@ -159,6 +159,7 @@ TORCH_FREE = [
     "backends",
     "backends.errors",
     "backends.precision",
+    "backends.rules_file",
     "modelzoo",
     *(module_name(file) for file in sorted((ROOT / "apps/training").glob("config*.py"))),
     *(module_name(file) for file in sources("apps/training/optimizers", "apps/training/schedules")),

@@ -32,6 +32,7 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
             plan.spec,
             plan.optimizer,
             plan.precision,
+            routing=plan.routing.to_json(),
             workers=config.compile.workers,
             debug=debug,
             report=report,

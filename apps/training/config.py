@@ -10,18 +10,19 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import backends
 from apps.training.config_arguments import Assignment, choose_plugins, flatten, read_arguments
 from apps.training.config_help import help_text, names_note
-from apps.training.config_keys import Key, plugin_config, unknown_key
+from apps.training.config_keys import Key, keys_of, plugin_config, unknown_key
+from apps.training.config_rules import check_rules, with_rules_file
 from apps.training.config_schema import TrainConfig
-from apps.training.config_yaml import parse_yaml, write_yaml
-from backends.errors import UserError, did_you_mean, unknown
+from apps.training.config_yaml import write_yaml
+from backends.errors import UserError, did_you_mean
+from backends.yaml_reading import parse_yaml
 
 T = TypeVar("T")
 
@@ -39,7 +40,8 @@ def parse(argv: Sequence[str], *, base: Mapping[str, Any] | None = None, base_na
 
 def given_paths(argv: Sequence[str]) -> list[str]:
     """The dotted names of all settings that `argv`, or the file it names, gives."""
-    return list(dict.fromkeys(item.path for item in read_arguments(argv, TrainConfig)))
+    given = with_rules_file(read_arguments(argv, TrainConfig), keys_of(TrainConfig))
+    return list(dict.fromkeys(item.path for item in given))
 
 
 def parse_dataclass(
@@ -59,6 +61,7 @@ def parse_dataclass(
         raise SystemExit(0)
     given = [*base, *read_arguments(argv, schema)]
     keys, given = choose_plugins(schema, given)
+    given = with_rules_file(given, keys)
     can_add = any(field.metadata.get("free") for field in dataclasses.fields(schema))  # type: ignore[arg-type]
     values = {path: key.default for path, key in keys.items()}
     extra: dict[str, Any] = {}
@@ -105,12 +108,7 @@ def _check(config: TrainConfig) -> None:
     steps = names.save_steps
     if isinstance(steps, list) and (not steps or min(steps) < 1):
         raise UserError(f"checkpoint.save_steps={steps}. Expected int, at least 1, or a list of such: [100, 500].")
-    for number, rule in enumerate(config.backend.rules):
-        if not (isinstance(rule.get("match"), str) and isinstance(rule.get("use"), str)):
-            raise UserError(f"backend.rules[{number}] is {rule}. Expected {{match: 'PATTERN', use: BACKEND, ...}}.")
-    for name in (config.backend.default, *(rule["use"] for rule in config.backend.rules)):
-        if ":" not in name and name not in backends.available():
-            raise unknown("backend", name, backends.available())
+    check_rules(config.backend.rules, config.backend.default)
     assert config.precision  # refuses dtypes that do not go together
 
 
@@ -123,11 +121,13 @@ def _convert(key: Key, item: Assignment) -> Any:
         value = "on" if value else "off"  # YAML reads a bare on as true
     if value is None and key.optional:
         return None
-    if key.choices or (isinstance(value, str) and key.plain_type is str):
+    if key.choices or (isinstance(value, str) and str in key.members):
         if key.choices and value not in key.choices:
             raise _wrong_value(key, item)
         return value
-    box = OmegaConf.structured(dataclasses.make_dataclass("Box", [("value", key.type)]))
+    # omegaconf has no unions with a mapping in them
+    mappings = [kind for kind in key.members if get_origin(kind) is dict and isinstance(value, dict)]
+    box = OmegaConf.structured(dataclasses.make_dataclass("Box", [("value", mappings[0] if mappings else key.type)]))
     try:
         OmegaConf.update(box, "value", value)
         converted = OmegaConf.to_container(box)["value"]  # type: ignore[index,call-overload]

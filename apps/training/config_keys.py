@@ -62,14 +62,21 @@ class Key:
         return get_args(self.plain_type) if get_origin(self.plain_type) is Literal else ()
 
     @property
+    def members(self) -> tuple[Any, ...]:
+        """The types a value may have, null aside."""
+        is_union = get_origin(self.plain_type) in (Union, types.UnionType)
+        return (
+            tuple(kind for kind in get_args(self.plain_type) if kind is not types.NoneType)
+            if is_union
+            else (self.plain_type,)
+        )
+
+    @property
     def type_name(self) -> str:
         """The type as a person reads it: `int`, `cpu|cuda`, `list`."""
         if self.choices:
             return "|".join(map(str, self.choices))
-        if get_origin(self.plain_type) in (Union, types.UnionType):
-            members = (member for member in get_args(self.plain_type) if member is not types.NoneType)
-            return " or ".join(_name(member) for member in members)
-        return _name(self.plain_type)
+        return " or ".join(_name(member) for member in self.members)
 
     @property
     def expected(self) -> str:

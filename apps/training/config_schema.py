@@ -127,10 +127,14 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendConfig:
-    default: str = setting("dense", "for layers that no rule names: a backend or package.module:Class")
+    default: str | dict[str, Any] = setting(
+        "dense", "for layers no rule names: NAME, package.module:Class or {use: NAME}"
+    )
     rules: list[dict[str, Any]] = setting(
         factory=list, help="first match wins: [{match: '*.mlp.*', use: dense, OPTION: VALUE}]"
     )
+    # Given, it is replaced by what it says: see config_rules.py.
+    rules_file: str | None = setting(None, "YAML or TOML file, or a shipped one (optical); stored as rules")
     calibrate_steps: int = setting(
         0,
         "forward passes before the first step, on its rows and those after, that fill the backends' ranges",

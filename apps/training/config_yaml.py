@@ -1,26 +1,12 @@
-"""YAML as settings are written in it: `1e-4` is a number, a key given twice is a mistake, errors fit on one line."""
+"""YAML files of settings in, and out again."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from backends.errors import UserError
-
-FLOAT = "tag:yaml.org,2002:float"
-# YAML 1.1 takes 1e-4 for a text because it has no dot; people who write learning rates do not.
-EXPONENT = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
-
-
-class Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+from backends.yaml_reading import EXPONENT, FLOAT, parse_yaml
 
 
 class Dumper(yaml.SafeDumper):
@@ -28,20 +14,7 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
-for reader_or_writer in (Loader, Dumper):
-    reader_or_writer.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))
-
-
-def parse_yaml(text: str, origin: str) -> Any:
-    """The value that `text` spells; UserError naming `origin` and the place when it is not YAML."""
-    try:
-        return yaml.load(text, Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
-        hint = " A pattern that starts with * has to be quoted: '*.mlp.*'." if "alias" in str(error) else ""
-        raise UserError(f"Cannot read {origin}{where}: {problem}. Expected YAML.{hint}") from None
+Dumper.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))  # what only looks like a number is quoted
 
 
 def read_yaml_mapping(path: str) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def save_outcome(
             seed=config.training.seed,
         )
     parameters = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    summary = summary_text(outcome.overview, outcome.steps, outcome.last_evaluation, entropy, parameters)
+    summary = summary_text(
+        outcome.overview, outcome.steps, outcome.last_evaluation, entropy, outcome.routed_table, parameters
+    )
     _write(output / "summary.txt", summary)
     print(f"Summary saved at {output}/summary.txt")
     print(f"Metrics saved at {output}/per_step_metrics.csv")

@@ -37,7 +37,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "x.substrate"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(building, "lower_all", lower_all)
-        path.write_bytes(building.build(plan.model, plan.spec, plan.optimizer, plan.precision))
+        routing = plan.routing.to_json()
+        path.write_bytes(building.build(plan.model, plan.spec, plan.optimizer, plan.precision, routing=routing))
     return path
 
 
@@ -73,6 +74,14 @@ def test_it_says_what_the_step_was_compiled_for(artifact: Path, capsys: pytest.C
     facts = dict(section(text, "Step"))
     assert facts["optimizer state"] == "exp_avg, exp_avg_sq"
     assert "lr" in facts["runtime numbers"].split(", ")
+
+
+def test_it_says_which_backend_computes_which_layer(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = section(shown(capsys, str(artifact)), "Layers and backends")
+    assert rows[0] == ["pattern", "backend", "count", "layers", "parameters", "FLOPs"]
+    assert rows[1][:4] == ["model.layers.2.mlp.*", SCALED, "3", "model.layers.2.mlp.{gate,up,down}_proj"]
+    assert ["(head, left alone)", "dense", "1", "lm_head"] in [row[:4] for row in rows]
+    assert rows[-1] == ["Routed to other backends than dense: 3 of 33 layers."]
 
 
 def test_it_lists_every_region(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:

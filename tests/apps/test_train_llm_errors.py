@@ -151,6 +151,117 @@ def test_no_artifact_is_answered_with_the_command_that_makes_one(refused: Refuse
     assert "model.max_seq_length=32 training.batch_size=4" in error
 
 
+PROJECTION = r"model\.layers\.[0-9]+\.self_attn\.(q|k|v|o)_proj"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "Cannot read rules file rules.yaml: there is no such file. These ship here: optical.yaml, "),
+        ("", "Rules file rules.yaml holds nothing. Expected a list of rules, or one of the keys rules, layer_name_to_"),
+        ("model: {}", "Rules file rules.yaml holds the keys model. Expected a list of rules"),
+        ("- {match: '*.mlp.*', use: dens}", "Rule 0 of rules file rules.yaml: Unknown backend 'dens'. Did you mean "),
+        (
+            "- {match: '*.mpl.*', use: dense}",
+            "Routing rule '*.mpl.*' of rules.yaml → dense matches no layer. Near it: "
+            "model.layers.{0-1}.mlp.{gate,up,down}_proj.",
+        ),
+        (
+            f"{{use_regex: true, layer_name_to_config: {{'{PROJECTION}': {{q_level: 16}}}}}}",
+            f"Routing rule '{PROJECTION}' of rules.yaml: Unknown optical option 'q_level'. Did you mean 'q_levels'?",
+        ),
+        (
+            f"{{use_regex: true, layer_name_to_config: {{'{PROJECTION}': {{q_levels: 1}}}}}}",
+            f"Routing rule '{PROJECTION}' of rules.yaml: q_levels is 1. Expected 2 to 65536",
+        ),
+        (
+            f"{{use_regex: true, layer_name_to_config: {{'{PROJECTION}_': {{}}}}}}",
+            f"Routing rule '{PROJECTION}_' of rules.yaml → optical matches no layer. Near it: ",
+        ),
+        (
+            f"{{use_regex: false, layer_name_to_config: {{'{PROJECTION}': {{}}}}}}",
+            "matches no layer. It is compared as a name here, not as a pattern (use_regex: true or syntax: regex).",
+        ),
+        (
+            f"{{use_regex: true, layer_name_to_config: {{'.*': {{}}, '{PROJECTION}': null}}}}",
+            f"Routing rule '{PROJECTION}' of rules.yaml → dense takes no layer: '.*' before it took all 8",
+        ),
+        ("{use_regex: true, layer_name_to_config: {'*.mlp': {}}}", "Routing rule '*.mlp' of rules.yaml is no regular "),
+        (
+            "layer_name_to_config: {default: {q_levels: many}}",
+            "The default backend of rules.yaml: Option 'q_levels' of",
+        ),
+    ],
+)
+def test_a_rules_file_with_a_mistake(refused: Refused, content: str | None, message: str) -> None:
+    if content is not None:
+        Path("rules.yaml").write_text(content)
+    assert message in refused(backend__rules_file="rules.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[attention\n", "Cannot read rules file rules.toml: Expected ']' at the end of a table declaration"),
+        (
+            "[fc]\nq_level = 16\n",
+            "Routing rule '*' of rules.toml [fc]: Unknown optical option 'q_level'. Did you mean ",
+        ),
+        (
+            "[attention]\nq_lut_min = 2\n",
+            "Routing rule '*' of rules.toml [attention]: q_lut_min is 2.0. Expected from 0",
+        ),
+        ("use_lora = true\n[fc]\n", "Section [lora] of rules file rules.toml has no r, but use_lora is true."),
+        ("[fcc]\n", "Rules file rules.toml holds the keys fcc. Expected a list of rules, or one of the keys"),
+    ],
+)
+def test_a_toml_rules_file_with_a_mistake(refused: Refused, content: str, message: str) -> None:
+    Path("rules.toml").write_text(content)
+    assert refused(backend__rules_file="rules.toml").startswith(f"error: {message}")
+
+
+def test_a_rule_of_the_command_line_that_leaves_the_file_nothing(refused: Refused) -> None:
+    Path("rules.yaml").write_text("- {match: '*.up_proj', use: dense}\n")
+    error = refused(backend__rules="[{match: '*.mlp.*', use: dense}]", backend__rules_file="rules.yaml")
+    assert error.startswith("error: Routing rule '*.up_proj' of rules.yaml → dense takes no layer: '*.mlp.*' before it")
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            "match: '*.mlp.*', use: dense, syntax: regex",
+            "backend.rules[0]: Routing rule '*.mlp.*' is no regular expres",
+        ),
+        (
+            "match: '.*mlp', use: dense, syntax: regex",
+            "Routing rule '.*mlp' → dense matches no layer. A regular expres",
+        ),
+        ("match: '*', use: dense, syntax: regexp", "backend.rules[0]: Routing rule '*' has syntax='regexp'. Expected "),
+        ("match: '*', use: dense, only: mlp", "backend.rules[0]: Routing rule '*' has only='mlp'. Expected linear or "),
+        ("match: '*.mlp.*', use: dense, only: attention", "Routing rule '*.mlp.*' → dense takes no layer: it matches "),
+    ],
+)
+def test_a_rule_with_a_mistake(refused: Refused, rule: str, message: str) -> None:
+    assert refused(backend__rules=f"[{{{rule}}}]").startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("default", "message"),
+    [
+        ("{use: dens}", "Unknown backend 'dens'. Did you mean 'dense'?"),
+        (
+            "{q_levels: 16}",
+            "backend.default: The default backend is {'q_levels': 16}. Expected a backend's name or {use",
+        ),
+        ("{use: optical, q_level: 16}", "Unknown optical option 'q_level'. Did you mean 'q_levels'?"),
+        ("[optical]", "Wrong value backend.default=[optical]. Expected str or dict."),
+    ],
+)
+def test_a_default_with_a_mistake(refused: Refused, default: str, message: str) -> None:
+    assert refused(backend__default=default).startswith(f"error: {message}")
+
+
 def test_a_mistake_in_the_settings_is_answered_before_pytorch_is_imported(tmp_path: Path) -> None:
     """A process of its own: the exit code, one line on stderr and no other word."""
     code = (

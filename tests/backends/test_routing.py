@@ -78,7 +78,7 @@ def test_without_rules_everything_is_dense():
 def test_the_default_leaves_the_head_dense():
     planned = plan(LAYERS, default=SCALED)
     assert backend_names(planned) == {name: "dense" if name == "lm_head" else SCALED for name in LAYERS}
-    assert [row.match for row in planned.routes] == ["(default)", "(dense)"]
+    assert [row.match for row in planned.routes] == ["(default)", "(head, left alone)"]
 
 
 def test_a_backend_without_attention_leaves_attention_to_later_rules_and_to_dense():
@@ -101,8 +101,23 @@ def test_the_table():
         "*.mlp.*", f"{SCALED}(levels=8)", "6", "layers.{0-2}.mlp.{up,down}_proj", "840", "38.2%",
     ]  # fmt: skip
     assert lines[2].split() == ["*.self_attn", "dense", "3", "layers.{0-2}.self_attn", "0", "19.1%"]
-    assert lines[3].split() == ["(default)", "dense", "13", "layers.{0-2}.self_attn.{q,k,v,o}_proj", "856", "42.6%"]
-    assert lines[4].split() == ["lm_head"]
+    assert lines[3].split() == ["(default)", "dense", "12", "layers.{0-2}.self_attn.{q,k,v,o}_proj", "768", "38.2%"]
+    assert lines[4].split("  ")[0] == "(head, left alone)"
+    assert lines[4].split()[3:] == ["dense", "1", "lm_head", "88", "4.4%"]
+    assert lines[5] == "Routed to other backends than dense: 6 of 22 layers."
+
+
+def test_the_table_names_the_options_that_are_not_the_defaults():
+    def shown(**options):
+        return plan(LAYERS, [{"match": "*.mlp.*", "use": SCALED, **options}]).table().splitlines()[1].split()[1]
+
+    assert (shown(), shown(levels=256), shown(levels=8)) == (SCALED, SCALED, f"{SCALED}(levels=8)")
+
+
+def test_the_default_may_have_options():
+    planned = plan(LAYERS, [{"match": "*.mlp.*", "use": "dense"}], {"use": SCALED, "levels": 8})
+    assert planned.backend_of("layers.0.self_attn").config.levels == 8
+    assert planned.backend_of("layers.0.mlp.up_proj").name == planned.backend_of("lm_head").name == "dense"
 
 
 def test_the_json_holds_backend_options_fingerprint_and_layers():
@@ -227,40 +242,3 @@ def test_a_mistake_leaves_the_model_as_it_was():
         route(model, [{"match": "*.mlp.*", "use": SCALED}, {"match": "*.nothing", "use": "dense"}])
     assert type(model.lm_head) is nn.Linear
     assert {type(module.backend).__name__ for module in model.modules() if hasattr(module, "backend")} == {"Dense"}
-
-
-# ---- models of transformers ------------------------------------------------------------------------------------
-
-
-def tiny_roberta():
-    from transformers import RobertaConfig, RobertaForSequenceClassification
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    model = RobertaForSequenceClassification(RobertaConfig(vocab_size=50, num_labels=3, **sizes))
-    return model, {"input_ids": torch.randint(3, 50, (2, 7))}
-
-
-def tiny_vit():
-    from transformers import ViTConfig, ViTForImageClassification
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **sizes))
-    return model, {"pixel_values": torch.randn(2, 3, 8, 8)}
-
-
-@pytest.mark.parametrize("build", [tiny_roberta, tiny_vit])
-def test_any_transformers_model_is_routed_and_trains(build):
-    torch.manual_seed(0)
-    model, inputs = build()
-    model.eval()
-    expected = model(**inputs).logits
-    num_linears = sum(type(module) is nn.Linear for module in model.modules())
-    planned = route(model)
-    assert len(planned.layers) == num_linears
-    assert torch.equal(model(**inputs).logits, expected)
-    route(model, [{"match": "*.[01].*", "use": SCALED, "levels": 4096}])
-    model.train()
-    loss = model(**inputs, labels=torch.tensor([0, 2])).loss
-    loss.backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if name.endswith("dense.weight"))
-    assert {buffer.item() for name, buffer in model.named_buffers() if name.endswith(".step")} == {1}

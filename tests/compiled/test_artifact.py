@@ -23,7 +23,15 @@ CODE = {"regions/a": bytes(range(64)), "regions/b": b"\x7fELF" + b"code" * 9, "g
 
 
 def manifest_of(spec: StepSpec) -> dict[str, Any]:
-    parts = {"regions": {}, "schedule": {}, "optimizer": {}, "cost": {}, "parameters": 0, "compile_seconds": 0.0}
+    parts = {
+        "routing": [],
+        "regions": {},
+        "schedule": {},
+        "optimizer": {},
+        "cost": {},
+        "parameters": 0,
+        "compile_seconds": 0.0,
+    }
     return {"spec": spec.to_json(), **parts}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from apps.training.checkpointing.manifest import STATE, complete_checkpoint, newest_complete
 from apps.training.config import given_paths, parse, to_mapping
+from apps.training.config_rules import without_origins
 from apps.training.config_schema import TrainConfig
 from apps.training.tables import text_table
 from backends.errors import UserError
@@ -73,7 +74,8 @@ def resumed_settings(argv: Sequence[str], config: TrainConfig) -> tuple[TrainCon
     resumed = parse(argv, base=stored, base_name=str(path))
     given = given_paths(argv)
     if not config.checkpoint.overwrite_config:
-        _require_equal(path, given, _flat(to_mapping(resumed)), _flat(state["settings"]))
+        now, then = (_flat(without_origins(settings)) for settings in (to_mapping(resumed), state["settings"]))
+        _require_equal(path, given, now, then)
     return _with_global_batch(resumed, given, state), path
 
 
@@ -114,7 +116,7 @@ def _chosen(config: TrainConfig) -> Path | None:
 
 
 def _require_equal(path: Path, given: Sequence[str], now: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    names = [name if name in now else f"extra.{name}" for name in given if not is_free(name)]
+    names = [name for name in {**stored, **now} if any(_is_part(name, of) for of in given if not is_free(of))]
     differ = [name for name in names if now.get(name) != stored.get(name)]
     if differ:
         table = [(name, stored.get(name), now.get(name)) for name in differ]
@@ -122,6 +124,11 @@ def _require_equal(path: Path, given: Sequence[str], now: Mapping[str, Any], sto
             f"Settings given here are not those stored in {path}. Leave them out, or replace the stored ones with "
             f"checkpoint.overwrite_config=true:\n{text_table(('setting', 'checkpoint', 'given'), table)}"
         )
+
+
+def _is_part(name: str, setting: str) -> bool:
+    """Whether the flat `name` is the setting, one that `+key` had added, or an entry of its value."""
+    return f"{name}.".startswith((f"{setting}.", f"extra.{setting}."))
 
 
 def _with_global_batch(config: TrainConfig, given: Sequence[str], state: Mapping[str, Any]) -> TrainConfig:

@@ -38,9 +38,10 @@ def summary_text(
     records: Sequence[StepRecord],
     evaluation: Evaluation | None,
     unigram_entropy: float | None,
+    routed_table: str,
     model_parameters: Mapping[str, Any],
 ) -> str:
-    """The overview block, totals, losses, and the model's parameters (its config) as JSON."""
+    """The overview block, totals, losses, the layers' backends, and the model's parameters (its config) as JSON."""
     totals = Totals.of(records)
     lines = [
         overview,
@@ -54,6 +55,7 @@ def summary_text(
         lines.append(evaluation_line(evaluation))
     if unigram_entropy is not None:
         lines.append(unigram_line(unigram_entropy))
+    lines += ["", "Layers and backends:", routed_table]
     return "\n".join([*lines, "", "Model parameters:", json.dumps(model_parameters, indent=2), ""])
 
 

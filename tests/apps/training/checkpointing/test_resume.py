@@ -51,6 +51,44 @@ def test_the_same_command_line_goes_on_by_itself(saved: tuple[list[str], Path]) 
     assert config.checkpoint.num_steps == 5
 
 
+@pytest.fixture
+def saved_with_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command line of a run with a rules file and an options-bearing default, and its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    Path("rules.yaml").write_text("rules: [{match: '*.mlp.*', use: 'a.b:C', levels: 8}]\ndefault: {use: 'a.b:C'}\n")
+    argv = [*FIRST, f"training.output_dir={tmp_path}/out", "backend.rules_file=rules.yaml"]
+    state = {"settings": to_mapping(parse(argv)), "run": {"global_batch_size": 8, "seed": 42}}
+    save(tmp_path / "out" / "checkpoints", 5, state=state)
+    return [*argv, "training.resume=auto"]
+
+
+def test_a_rules_file_may_be_given_again_moved_and_forgotten(saved_with_rules: list[str], tmp_path: Path) -> None:
+    config, path = resumed(*saved_with_rules)
+    assert path is not None
+    assert config.backend == parse(saved_with_rules).backend
+    Path("rules.yaml").rename("moved.yaml")
+    moved, path = resumed(*saved_with_rules[:-2], "backend.rules_file=moved.yaml", "training.resume=auto")
+    assert path is not None
+    assert [rule["levels"] for rule in moved.backend.rules] == [8]
+    forgotten, path = resumed("command=run", f"training.output_dir={tmp_path}/out", "training.resume=auto")
+    assert path is not None
+    assert forgotten.backend == config.backend
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "setting"),
+    [("levels: 8", "levels: 4", "backend.rules"), ("{use: 'a.b:C'}", "{use: 'a.b:D'}", "backend.default.use")],
+)
+def test_a_rules_file_that_was_changed_is_refused(
+    saved_with_rules: list[str], before: str, after: str, setting: str
+) -> None:
+    Path("rules.yaml").write_text(Path("rules.yaml").read_text().replace(before, after))
+    with pytest.raises(UserError) as caught:
+        resumed(*saved_with_rules)
+    _, _, line = str(caught.value).splitlines()
+    assert line.split("|")[0].strip() == setting
+
+
 def test_without_a_checkpoint_resume_auto_starts(tmp_path: Path) -> None:
     argv = [*FIRST, f"training.output_dir={tmp_path}/new", "training.resume=auto"]
     assert resumed(*argv) == (parse(argv), None)

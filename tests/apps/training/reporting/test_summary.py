@@ -14,7 +14,7 @@ STEPS = [
 
 
 def test_the_summary_has_totals_losses_and_json() -> None:
-    text = summary_text("Number of epochs: 1", STEPS, Evaluation(2, 2.5, 10), 6.25, {"hidden_size": 4})
+    text = summary_text("Number of epochs: 1", STEPS, Evaluation(2, 2.5, 10), 6.25, "* dense", {"hidden_size": 4})
     head, _, parameters = text.partition("\n\nModel parameters:\n")
     assert head.splitlines() == [
         "Number of epochs: 1",
@@ -24,12 +24,15 @@ def test_the_summary_has_totals_losses_and_json() -> None:
         "Last training loss: 3.0000",
         "Evaluation loss: 2.5000, Perplexity: 12.1825",
         "Unigram entropy of the dataset: 6.2500",
+        "",
+        "Layers and backends:",
+        "* dense",
     ]
     assert json.loads(parameters) == {"hidden_size": 4}
 
 
 def test_an_interrupted_run_has_a_summary_too() -> None:
-    assert "Evaluation" not in summary_text("", STEPS, None, None, {})
+    assert "Evaluation" not in summary_text("", STEPS, None, None, "", {})
     assert Totals.of([]).tokens_per_second == 0.0
     assert headline([], None, None, 7) == {
         "tokens seen": "0",
