@@ -64,12 +64,16 @@ def program(argv: Sequence[str]) -> None:
     print(f"Dataset: {batches.description()}\n", flush=True)
 
     # The reference stays; the others come one at a time, each on the same memory for its weights.
-    reference = variants[0], ready(variants[0], weights, batches, settings)
     results = []
-    for variant in variants[1:]:
-        other = variant, ready(variant, weights, batches, settings)
-        of_reference, of_other = compare(reference, other, batches, settings)
-        results.append(of_other)
+    try:
+        reference = variants[0], ready(variants[0], weights, batches, settings)
+        for variant in variants[1:]:
+            other = variant, ready(variant, weights, batches, settings)
+            of_reference, of_other = compare(reference, other, batches, settings)
+            results.append(of_other)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{reason} Lower batch_size or model.max_seq_length, or use model.dtype=bfloat16.") from error
     for table in all_tables(of_reference, results):
         print(f"{table.text()}\n")
     facts = {

@@ -48,7 +48,7 @@ def compare(
     reference: tuple[Variant, Any], other: tuple[Variant, Any], batches: Batches, settings: CompareSettings
 ) -> tuple[VariantResult, VariantResult]:
     """The reference's own numbers beside `other`, and those of `other` with its errors; both models are ready."""
-    (_, ours), (second, theirs) = reference, other
+    (first, ours), (second, theirs) = reference, other
 
     def progress(total: int, what: str, unit: str = "batches") -> Progress:
         return Progress(total, f"{second.name}: {what}", unit, mode=settings.progress)
@@ -82,15 +82,19 @@ def compare(
             (reference, other), (held_out.reference, held_out.other), timings, strict=True
         )
     )
-    rows = [_layer_result(second, name, local.get(name), accumulated.get(name)) for name in second.routing.layers]
+    rows = [_layer_result((first, second), name, local.get(name), accumulated.get(name)) for name in layers]
     return own, replace(found, kl=held_out.kl, layers=rows)
 
 
-def _layer_result(variant: Variant, name: str, local: LocalErrors | None, accumulated: Error | None) -> LayerResult:
+def _layer_result(
+    variants: tuple[Variant, Variant], name: str, local: LocalErrors | None, accumulated: Error | None
+) -> LayerResult:
+    expected, found = (variant.routing.backend_of(name) for variant in variants)
     return LayerResult(
         layer=name,
-        kind=variant.routing.layers[name].kind,
-        backend=str(variant.routing.backend_of(name)),
+        kind=variants[1].routing.layers[name].kind,
+        backend=str(found),
+        changed=found != expected,
         output=local.output if local else None,
         input_gradient=local.input_gradient if local else None,
         weight_gradient=local.weight_gradient if local else None,

@@ -23,11 +23,15 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One layer of one variant; every error is against the reference. None: there is nothing to compare."""
+    """One layer of one variant; every error is against the reference. None: there is nothing to compare.
+
+    `changed`: another backend computes it than in the reference.
+    """
 
     layer: str
     kind: Literal["linear", "attention"]
     backend: str
+    changed: bool
     output: Error | None
     input_gradient: Error | None
     weight_gradient: Error | None
@@ -50,6 +54,11 @@ class VariantResult:
     timing: Timing
     energy: Energy
     layers: list[LayerResult] = field(default_factory=list)
+
+    @property
+    def changed_layers(self) -> list[LayerResult]:
+        """Those that another backend computes than in the reference; all where none does."""
+        return [layer for layer in self.layers if layer.changed] or self.layers
 
     def groups(self) -> dict[str, list[LayerResult]]:
         """Layers that differ only in their block: `model.layers.*.mlp.up_proj` → those of all blocks; worst first."""

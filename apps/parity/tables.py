@@ -31,25 +31,38 @@ def all_tables(reference: VariantResult, others: Sequence[VariantResult]) -> lis
 
 
 def numbers(reference: VariantResult, others: Sequence[VariantResult]) -> Table:
-    """A row a backend: median errors of the layers alone, the error at the head, KL and perplexity."""
-    head = ("backend", "output", "SNR dB", "worst dB", "d input", "d weight", "at the head", "KL nats", "perplexity")
-    rows = [head, (f"{reference.name} (reference)", *["–"] * 7, _perplexity(reference))]
+    """A row a backend: median errors of the layers it changes, the error at the head, KL and perplexity."""
+    head = (
+        "backend",
+        "layers",
+        "output",
+        "SNR dB",
+        "worst dB",
+        "d input",
+        "d weight",
+        "at head",
+        "KL",
+        "perplexity",
+    )
+    rows = [head, (f"{reference.name} (reference)", *["–"] * 8, _perplexity(reference))]
     for each in others:
-        output = middle(each.layers, "output")
+        changed = each.changed_layers
+        output = middle(changed, "output")
         rows.append(
             (
                 each.name,
+                f"{sum(layer.changed for layer in changed)}/{len(each.layers)}",
                 error_text(output),
                 decibels(output),
-                decibels(worst(each.layers, "output").relative("output")),
-                error_text(middle(each.layers, "input_gradient")),
-                error_text(middle(each.layers, "weight_gradient")),
+                decibels(worst(changed, "output").relative("output")),
+                error_text(middle(changed, "input_gradient")),
+                error_text(middle(changed, "weight_gradient")),
                 error_text(each.layers[-1].relative("accumulated")),
                 error_text(each.kl),
                 _perplexity(each),
             )
         )
-    return Table("Relative errors (each layer alone, median), and the dev split", rows)
+    return Table("Relative errors of the layers it changes, each alone, median; KL (nats) and perplexity on dev", rows)
 
 
 def costs(variants: Sequence[VariantResult]) -> Table:
