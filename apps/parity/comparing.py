@@ -10,7 +10,7 @@ import torch
 
 from apps.parity.batches import Batches, Tensors
 from apps.parity.dev_split import compare_on
-from apps.parity.energy import energy_per_token
+from apps.parity.energy import energy_constants, energy_per_token
 from apps.parity.forward import logits_of
 from apps.parity.layer_errors import accumulated_errors, local_errors
 from apps.parity.powers import Error, LocalErrors
@@ -77,6 +77,7 @@ def compare(
                 length=settings.model.max_seq_length,
                 itemsize=BITS[settings.precision.compute] // 8,
             ),
+            constants=energy_constants(variant.routing),
         )
         for (variant, model), evaluation, timing in zip(
             (reference, other), (held_out.reference, held_out.other), timings, strict=True

@@ -39,6 +39,11 @@ def energy_per_token(model: nn.Module, routing: Plan, *, batch_size: int, length
     return Energy(joules / tokens if stated else None, stated / flops if flops else 0.0)
 
 
+def energy_constants(routing: Plan) -> list[tuple[str, str, str]]:
+    """Name, value and source of every constant that the backends' energies stand on, each once."""
+    return list(dict.fromkeys(row for one in routing.routes for row in one.backend.cost_constants()))
+
+
 def _products(
     layer: nn.Module, backend: Backend, batch_size: int, length: int, itemsize: int
 ) -> list[tuple[int, Cost]]:

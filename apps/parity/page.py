@@ -8,7 +8,7 @@ from html import escape
 from statistics import median
 
 from apps.parity.plot import COLOURS, by_block
-from apps.parity.results import MEASURES, LayerResult, VariantResult, snr_db
+from apps.parity.results import MEASURES, LayerResult, VariantResult, snr_db, why_empty
 from apps.parity.tables import Table, all_tables, decibels, error_text
 from apps.training.reporting.page import chart_card, document
 from apps.training.reporting.svg_chart import Line
@@ -56,15 +56,15 @@ def render(page: ParityPage) -> str:
         f'<div class="fact"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
         for label, value in page.facts.items()
     )
-    first, second, *of_layers = all_tables(page.reference, page.others)
+    tables = all_tables(page.reference, page.others)
+    before = len(tables) - len(page.others)  # the tables of layers come after the charts
     body = [
         f"<h1>{escape(page.title)}</h1>",
         f'<p class="sub">{escape(page.subtitle)}</p>',
         f'<div class="facts">{tiles}</div>',
-        *_card(first),
-        *_card(second),
+        *(part for table in tables[:before] for part in _card(table)),
         *(part for measure in MEASURES for part in _chart(page.others, measure)),
-        *(part for table in of_layers for part in _card(table)),
+        *(part for table in tables[before:] for part in _card(table)),
         "<h2>Every layer</h2>",
         *(_every_layer(variant) for variant in page.others),
         "<h2>What was routed</h2>",
@@ -87,7 +87,8 @@ def _chart(others: Sequence[VariantResult], measure: str) -> list[str]:
         points = [(block, snr_db(median(values))) for block, values in by_block(variant, measure).items()]
         lines.append(Line(variant.name, points, f"line{index % len(COLOURS)}"))
     title = MEASURES[measure].capitalize()
-    return chart_card(title, lines, x_label="block (the head comes last)", y_label="SNR (dB), median of a block")
+    card = chart_card(title, lines, x_label="block (the head comes last)", y_label="SNR (dB), median of a block")
+    return card or [f'<h2>{escape(title)}</h2><p class="note">{why_empty(others, measure).capitalize()}.</p>']
 
 
 def _every_layer(variant: VariantResult) -> str:

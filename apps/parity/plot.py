@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from apps.parity.results import MEASURES, VariantResult, depths
+from apps.parity.results import MEASURES, VariantResult, depths, why_empty
 from apps.training.files import atomic_path
 
 COLOURS = ("#1f5fa8", "#d1495b", "#2f8f5b", "#b8751c", "#7a4fb5", "#3b8ea5")
@@ -17,7 +17,7 @@ COLOURS = ("#1f5fa8", "#d1495b", "#2f8f5b", "#b8751c", "#7a4fb5", "#3b8ea5")
 def write_plot(path: Path, others: Sequence[VariantResult], *, title: str) -> None:
     """A panel for each error: a line through the median of each block's layers, in a band from the least to the most.
 
-    Logarithmic; an error of 0 has no place there and is left out, as a note in the panel says when all are 0.
+    Logarithmic: an error of 0 has no place there and is left out; a panel without any error says so.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -46,7 +46,7 @@ def write_plot(path: Path, others: Sequence[VariantResult], *, title: str) -> No
             axes.grid(alpha=0.25)
         else:
             axes.set(xticks=[], yticks=[])
-            axes.text(0.5, 0.5, "no error: equal bits", transform=axes.transAxes, ha="center", color="#6b7280")
+            axes.text(0.5, 0.5, why_empty(others, measure), transform=axes.transAxes, ha="center", color="#6b7280")
     if shown:
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=2, frameon=False)
     with atomic_path(path) as temporary:

@@ -53,6 +53,7 @@ class VariantResult:
     kl: float | None  # nats a token
     timing: Timing
     energy: Energy
+    constants: list[tuple[str, str, str]] = field(default_factory=list)  # of the energy: name, value, source
     layers: list[LayerResult] = field(default_factory=list)
 
     @property
@@ -67,6 +68,15 @@ class VariantResult:
             pattern = ".".join("*" if part.isdecimal() else part for part in layer.layer.split("."))
             groups.setdefault(pattern, []).append(layer)
         return dict(sorted(groups.items(), key=lambda item: -_rank(worst(item[1], "output"))))
+
+
+def why_empty(variants: Iterable[VariantResult], measure: str) -> str:
+    """What to say in place of a picture when none of the variants has an error of this kind that can be drawn."""
+    layers = [layer for variant in variants for layer in variant.layers]
+    errors = [layer.relative(measure) for layer in layers if getattr(layer, measure) is not None]
+    if not errors:
+        return "nothing to compare"
+    return "no error that is finite" if any(errors) else "no error: equal bits"
 
 
 def worst(layers: Iterable[LayerResult], measure: str) -> LayerResult:

@@ -26,8 +26,11 @@ class Table:
 
 
 def all_tables(reference: VariantResult, others: Sequence[VariantResult]) -> list[Table]:
-    """Numbers and costs of every backend, then the layers of each but the reference."""
-    return [numbers(reference, others), costs([reference, *others]), *map(layers, others)]
+    """Numbers and costs of every backend, the energy's constants, then the layers of each but the reference."""
+    variants = [reference, *others]
+    constants = list(dict.fromkeys(row for each in variants for row in each.constants))
+    stands_on = [Table("What the energy stands on", [("constant", "value", "source"), *constants], left=3)]
+    return [numbers(reference, others), costs(variants), *(stands_on if constants else []), *map(layers, others)]
 
 
 def numbers(reference: VariantResult, others: Sequence[VariantResult]) -> Table:
@@ -138,8 +141,9 @@ def _perplexity(variant: VariantResult) -> str:
 
 
 def _backends(group: Sequence[LayerResult]) -> str:
-    """Who computes them, outside backends without their package."""
-    return ", ".join(dict.fromkeys(re.sub(r"[\w.]+:(?=\w)", "", layer.backend) for layer in group))
+    """Who computes them: names without package and options, which the table of what was routed has."""
+    names = (re.sub(r"\(.*|[\w.]+:(?=\w)", "", layer.backend) for layer in group)
+    return ", ".join(dict.fromkeys(names))
 
 
 def _block(layer: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+import torch
 
 from apps.compare_backends import FILES, main
 from modelzoo import build_model, load_config, save_model
@@ -105,6 +106,7 @@ def test_several_backends_with_their_own_parameters_states_and_energies(
     assert float(energies.pop("loud")) > 0
     assert set(energies.values()) == {""}
     assert "model.layers.{0-1}.mlp.down_proj" in out
+    assert "assumption: made up" in out
 
 
 def test_weights_come_from_a_checkpoint_and_are_not_changed(
@@ -135,6 +137,23 @@ def test_a_report_is_replaced_only_when_told(
     assert code == 2
     assert "holds a report or a run (parity.csv, " in err
     assert run(capsys, monkeypatch, arguments, overwrite="true")[0] == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_no_error_against_itself_and_its_memory_is_measured(
+    arguments: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code, _, _ = run(capsys, monkeypatch, arguments, device="cuda", model__dtype="bfloat16")
+    assert code == 0
+    rows = rows_of(tmp_path / "out" / "parity.csv")
+    assert {row["output_error"] for row in rows} == {row["accumulated_error"] for row in rows} == {"0.0"}
+    # Kernels that add with atomics may give gradients in another order of sums.
+    assert max(float(row["input_gradient_error"]) for row in rows) < 1e-2
+    assert all(int(row["step_memory_bytes"]) > 0 for row in rows_of(tmp_path / "out" / "parity_summary.csv"))
 
 
 @pytest.mark.parametrize(

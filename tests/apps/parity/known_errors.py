@@ -38,6 +38,9 @@ class Louder(Backend):
     def cost(self, m, k, n, *, itemsize=4):
         return Cost(flops=2.0 * m * k * n, bytes=0.0, joules=JOULES_PER_MAC * m * k * n)
 
+    def cost_constants(self):
+        return [("mac", f"{JOULES_PER_MAC:g} J", "assumption: made up")]
+
 
 class Blunt(Backend):
     """The exact product of linears without any gradient."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from apps.parity.energy import energy_per_token
+from apps.parity.energy import energy_constants, energy_per_token
 from backends.routing import route
 from tests.apps.parity.known_errors import JOULES_PER_MAC, LOUDER, pair
 
@@ -14,6 +14,7 @@ def test_every_product_of_a_forward_counts_once_a_token() -> None:
     linear = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 44)
     attention = 2 * 4 * (8 * 8 + 8 * 8)  # each of 4 heads: 8 channels, half of 16 keys, two products
     assert found.joules == pytest.approx(JOULES_PER_MAC * (linear + attention))
+    assert energy_constants(routing) == [("mac", "2e-15 J", "assumption: made up")]
     assert found.share == pytest.approx((linear + attention) / (linear + attention + 32 * 61))
 
 

@@ -39,7 +39,7 @@ def test_it_shows_tables_charts_every_layer_routing_and_settings_escaped() -> No
     text = page()
     assert "<b>" not in text.replace("<b>CPU</b>", "")
     assert "a &lt;b&gt;" in text
-    assert text.count("<svg") == 2  # outputs, alone and in the model; no gradient was compared
+    assert text.count("<svg") == text.count("Nothing to compare.") == 2  # outputs, and gradients
     assert text.count('<td class="text">layers.2.up_proj</td>') == 2
     assert "the table of dense" in text
     assert "seed: 42" in text

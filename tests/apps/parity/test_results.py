@@ -2,7 +2,7 @@
 
 import math
 
-from apps.parity.results import depths, middle, snr_db, worst
+from apps.parity.results import depths, middle, snr_db, why_empty, worst
 from tests.apps.parity.found import layer, variant
 
 
@@ -30,6 +30,13 @@ def test_the_head_comes_after_the_last_block() -> None:
         "model.layers.0.self_attn": 0,
     }
     assert depths(["encoder", "head"]) == {"encoder": 0, "head": 0}
+
+
+def test_an_empty_picture_says_why() -> None:
+    found = [variant("v", layer("a", 0.0))]
+    assert why_empty(found, "output") == "no error: equal bits"
+    assert why_empty(found, "weight_gradient") == "nothing to compare"
+    assert why_empty([*found, variant("w", layer("a", math.nan))], "output") == "no error that is finite"
 
 
 def test_decibels_of_a_relative_error() -> None:

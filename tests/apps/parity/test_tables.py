@@ -39,13 +39,13 @@ def test_a_row_for_the_layers_of_all_blocks_under_a_short_name() -> None:
     rows = layers(OTHER).rows
     assert rows[1][:6] == (
         "model.layers.{0-1}.mlp.up_proj",
-        "Own(levels=4)",
+        "Own",
         "0.15",
         "0.2",
         "14.0",
         "1",
     )
-    assert rows[2][:6] == ("lm_head", "Own(levels=4)", "0", "0", "∞", "")
+    assert rows[2][:6] == ("lm_head", "Own", "0", "0", "∞", "")
 
 
 def test_costs_say_what_was_not_measured() -> None:
@@ -60,6 +60,13 @@ def test_numbers_stand_under_one_another() -> None:
     lines = numbers(REFERENCE, [OTHER]).text().splitlines()[1:]
     assert {len(line) for line in lines} == {len(lines[0])}
     assert len(all_tables(REFERENCE, [OTHER, OTHER])) == 4
+
+
+def test_each_constant_of_the_energy_is_told_once() -> None:
+    stands_on = [("mac", "2 fJ", "assumption: made up")]
+    table = all_tables(REFERENCE, [variant("a", layer("b"), constants=stands_on)] * 2)[2]
+    assert table.rows[1:] == stands_on
+    assert table.text().endswith("mac       2 fJ   assumption: made up")
 
 
 @pytest.mark.parametrize(
