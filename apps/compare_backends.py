@@ -2,7 +2,9 @@
 
     python apps/compare_backends.py checkpoint.model_name_or_path=outputs/runs/default backends='[dense, optical]'
     python apps/compare_backends.py checkpoint.config_name=demo \\
-        backends='[dense, {use: optical, q_levels: 64}, {name: mlp only, rules: [{match: "*.mlp.*", use: optical}]}]'
+        backends='[dense, {use: optical, q_levels: 64}, {rules_file: optical-mlp-only.yaml}]'
+    python apps/compare_backends.py checkpoint.config_name=demo \\
+        backends='[dense, {name: down only, rules: [{match: "*.down_proj", use: optical}]}]'
     python apps/compare_backends.py --help
 
 The first entry is the reference. Of every layer: relative error and SNR of its output and gradients when it is fed with

@@ -34,7 +34,8 @@ NOTES = (
     "alike, as a run's own evaluation has it.",
     "Forward: evaluation mode, no gradients. Fwd + bwd: training mode with statistics and every weight's gradient, no "
     "update. Medians of rounds in turns. Memory: the peak of fwd + bwd above what was there before, measured on CUDA "
-    "only. Energy: of the forward's products by the backend's own model; layers of a backend without one are left out.",
+    "only. Energy: of the forward's products by the backend's own model; layers of a backend without one are left out. "
+    "It is that of a batch over its tokens: what is paid once a batch, as weights are, weighs less in a larger one.",
 )
 
 
