@@ -98,7 +98,7 @@ def _of_file(given: dict[str, Any], place: str) -> Entry:
     if not isinstance(given["rules_file"], str):
         raise UserError(f"{place} has rules_file={given['rules_file']!r}. {FORMS}")
     file = read_rules(given["rules_file"])
-    return Entry(Path(file.name).stem, rules=file.rules, default=file.default or "dense")
+    return Entry(Path(file.name).name, rules=file.rules, default=file.default or "dense")
 
 
 def _checked(entry: Entry, place: str) -> Entry:

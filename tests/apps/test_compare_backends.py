@@ -193,6 +193,24 @@ def test_each_mistake_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_too_little_memory_is_one_line_too(
+    arguments: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from apps.parity import comparing
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee the documentation.")
+
+    monkeypatch.setattr(comparing, "local_errors", fail)
+    code, _, err = run(capsys, monkeypatch, arguments)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: CUDA out of memory. Tried to allocate 20 GiB. Lower batch_size")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_dev_rows_there_is_nothing_to_compare_on(
     arguments: dict[str, str],
     tiny_dataset: Path,

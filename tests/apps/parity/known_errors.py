@@ -8,6 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from apps.parity.settings import CheckpointSettings, CompareSettings
+from apps.training.config_schema import ModelConfig
 from backends.base import Backend, Cost, StateSpec
 from backends.dense import Dense
 from backends.routing import route
@@ -82,6 +84,17 @@ def pair(*rules, **changes):
     reference, other = (build_model(config, dtype="float64").eval() for _ in range(2))
     route(other, rules)
     return reference, other
+
+
+def settings_for(dataset, model, *backends, **changes):
+    """Settings of a comparison on tests/apps' tiny dataset and model; three rows a batch leave the last one padded."""
+    return CompareSettings(
+        backends=[*backends] or ["dense", "dense"],
+        checkpoint=CheckpointSettings(config_name=str(model)),
+        model=ModelConfig(max_seq_length=32),
+        dataset=str(dataset),
+        **{"batch_size": 3, "calibrate_batches": 2, "num_batches": 2, "timing_rounds": 1, **changes},
+    )
 
 
 def batch(vocabulary=61, rows=2, length=8):

@@ -8,28 +8,13 @@ from torch.distributions import Categorical, kl_divergence
 
 from apps.parity.batches import Batches, find_dataset
 from apps.parity.dev_split import compare_on
-from apps.parity.settings import CheckpointSettings, CompareSettings
-from apps.training.config_schema import ModelConfig
 from apps.training.data.loader import dev_batches
 from apps.training.eager_program import EagerProgram
 from apps.training.loss import make_batch, microbatches
 from backends.precision import resolve
 from backends.routing import route
 from modelzoo import build_model, load_config
-from tests.apps.parity.known_errors import LOUDER
-
-LENGTH, ROWS = 32, 3  # the last batch is padded
-
-
-def settings_for(dataset: Path, model: Path, **changes: object) -> CompareSettings:
-    return CompareSettings(
-        backends=["dense", "dense"],
-        checkpoint=CheckpointSettings(config_name=str(model)),
-        model=ModelConfig(max_seq_length=LENGTH),
-        dataset=str(dataset),
-        batch_size=ROWS,
-        **changes,  # type: ignore[arg-type]
-    )
+from tests.apps.parity.known_errors import LOUDER, settings_for
 
 
 def test_it_is_the_trainers_evaluation_of_both_models(tiny_dataset: Path, tiny_model: Path) -> None:

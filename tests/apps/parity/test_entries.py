@@ -34,7 +34,7 @@ def test_a_rules_file_is_named_by_its_name(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("{rules: [{match: '*.mlp.*', use: 'a.b:Own'}], default: 'c:D'}")
     (_, entry) = read_entries(["dense", {"rules_file": str(file)}])
-    assert entry.name == "mine"
+    assert entry.name == "mine.yaml"
     assert [(rule["match"], rule["use"]) for rule in entry.rules] == [("*.mlp.*", "a.b:Own")]
     assert entry.default == "c:D"
 
