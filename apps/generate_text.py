@@ -61,6 +61,7 @@ def generate(argv: Sequence[str]) -> None:
 
 def load(settings: GenerateSettings) -> tuple[Any, Any]:
     """The tokenizer and the model on its device. Raises UserError for whatever is wrong with the folder."""
+    from apps.training.devices import choose_device
     from modelzoo import load_config, load_model
 
     folder = settings.checkpoint.model_name_or_path
@@ -68,20 +69,8 @@ def load(settings: GenerateSettings) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(settings.tokenizer or folder)
     dtype = None if settings.dtype == "auto" else settings.dtype
     with Progress(None, "Loading", "bytes") as progress:
-        model = load_model(
-            folder, config, device=choose_device(settings.device), dtype=dtype, progress=follow(progress)
-        )
+        model = load_model(folder, config, device=choose_device(settings.device), dtype=dtype, progress=progress.show)
     return tokenizer, model
-
-
-def follow(progress: Progress) -> Any:
-    """What load_model reports, shown as progress."""
-
-    def show(done: int, total: int) -> None:
-        progress.total = total
-        progress.update(done - progress.done)
-
-    return show
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -96,16 +85,6 @@ def load_tokenizer(folder: str) -> Any:
         raise UserError(
             f"Cannot load a tokenizer from '{folder}': {reason}. Name a folder that has one with tokenizer=FOLDER."
         ) from error
-
-
-def choose_device(name: str) -> str:
-    """The torch device for a `device` setting. Raises UserError when there is no GPU but one was asked for."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UserError("device=cuda was given, but torch finds no GPU here. Use device=cpu.")
-    return "cuda" if available and name != "cpu" else "cpu"
 
 
 def continue_text(model: Any, tokenizer: Any, settings: GenerateSettings) -> tuple[str, int]:

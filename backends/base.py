@@ -172,6 +172,10 @@ class Backend:
         """One product [m, k] · [k, n] of elements of `itemsize` bytes; by default that of a dense one."""
         return Cost(flops=2.0 * m * k * n, bytes=float(itemsize) * (m * k + k * n + m * n))
 
+    def cost_constants(self) -> list[tuple[str, str, str]]:
+        """What `cost` stands on, for a report: name, value with unit, source (or "assumption: …")."""
+        return []
+
     def computes(self, kind: Literal["linear", "attention"]) -> bool:
         """Whether this backend overrides what a layer of `kind` needs."""
         methods = ("linear",) if kind == "linear" else ("matmul", "attention")

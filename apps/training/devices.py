@@ -34,6 +34,14 @@ def open_device(kind: str, config: TrainConfig, workers: Workers) -> torch.devic
     return torch.device("cuda", 0)
 
 
+def choose_device(name: str) -> str:
+    """The torch device for a `device` setting. Raises UserError when there is no GPU but one was asked for."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("device=cuda was given, but torch finds no GPU here. Use device=cpu.")
+    return "cuda" if available and name != "cpu" else "cpu"
+
+
 def _keep_memory() -> None:
     """Let glibc keep what is freed; a step's buffers would else come from the system page by page (3 % of a step)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

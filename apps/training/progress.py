@@ -51,6 +51,11 @@ class Progress:
         if now - self.last_shown >= (LIVE_INTERVAL if self.live else PLAIN_INTERVAL):
             self._show(now)
 
+    def show(self, done: int, total: int) -> None:
+        """Show `done` of `total`: a callback for work that counts by itself."""
+        self.total = total
+        self.update(done - self.done)
+
     def write(self, line: str, stream: TextIO | None = None) -> None:
         """Print `line` (to stdout) without tearing the live line."""
         self.clear()

@@ -69,10 +69,15 @@ def render(report: Report) -> str:
         '<h2>Settings</h2><div class="card"><details><summary>config.yaml</summary>'
         f"<pre>{escape(report.settings)}</pre></details></div>",
     ]
+    return document(report.title, body)
+
+
+def document(title: str, body: Sequence[str], style: str = "") -> str:
+    """A page that loads nothing: the parts of its body, in the house's style and what `style` adds to it."""
     head = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n"
     )
     return head + "<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
 
@@ -88,9 +93,9 @@ def _charts(report: Report) -> list[str]:
     speed = [_line("each step", steps, speeds, "raw"), _line("running mean", steps, running_mean(speeds))]
     rate = [_line("learning rate", steps, [record.lr for record in steps])]
     return [
-        *_chart("Loss", loss, "loss (nats per token)", level),
-        *_chart("Learning rate", rate, "learning rate"),
-        *_chart("Throughput", speed, "tokens per second"),
+        *chart_card("Loss", loss, x_label="step", y_label="loss (nats per token)", level=level),
+        *chart_card("Learning rate", rate, x_label="step", y_label="learning rate"),
+        *chart_card("Throughput", speed, x_label="step", y_label="tokens per second"),
     ]
 
 
@@ -98,8 +103,11 @@ def _line(label: str, steps: Sequence[StepRecord], values: Sequence[float], styl
     return Line(label, [(record.step, value) for record, value in zip(steps, values, strict=True)], style)
 
 
-def _chart(title: str, lines: list[Line], y_label: str, level: tuple[str, float] | None = None) -> list[str]:
-    chart = line_chart(lines, x_label="step", y_label=y_label, level=level)
+def chart_card(
+    title: str, lines: Sequence[Line], *, x_label: str, y_label: str, level: tuple[str, float] | None = None
+) -> list[str]:
+    """A heading and a chart with its legend; nothing when there is nothing to draw."""
+    chart = line_chart(lines, x_label=x_label, y_label=y_label, level=level)
     if not chart:
         return []
     names = "".join(f'<i class="{line.style}">{escape(line.label)}</i>' for line in lines if len(lines) > 1)

@@ -41,7 +41,7 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, level: tupl
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} against {escape(x_label)}">'
     ]
-    parts += _axes(frame, x_label, y_label)
+    parts += _axes(frame, x_label, y_label, whole_x=all(float(x).is_integer() for x in xs))
     if level:
         y = frame.y(level[1])
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -93,13 +93,15 @@ class _Frame:
         return TOP + (self.y_high - value) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _axes(frame: _Frame, x_label: str, y_label: str) -> list[str]:
+def _axes(frame: _Frame, x_label: str, y_label: str, *, whole_x: bool) -> list[str]:
     parts = []
     for value in nice_ticks(frame.y_low, frame.y_high):
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
     for value in nice_ticks(frame.x_low, frame.x_high, 7):
+        if whole_x and not value.is_integer():  # there is no half step
+            continue
         parts.append(
             f'<text x="{frame.x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{_tick(value)}</text>'
         )

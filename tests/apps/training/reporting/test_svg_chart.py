@@ -32,6 +32,15 @@ def test_nothing_to_draw_gives_nothing_and_gaps_are_left_out() -> None:
     assert len(re.search(r'points="([^"]*)"', chart).group(1).split()) == 2
 
 
+def test_whole_numbers_have_no_halves_between_them() -> None:
+    ticks = [
+        re.findall(r">([^<>]+)</text>", line_chart([Line("a", points)], x_label="x", y_label="y"))
+        for points in ([(0, 0.0), (3, 0.0)], [(0.0, 0.0), (3.5, 0.0)])
+    ]
+    assert [place for place in ("0", "0.5", "1", "2", "3") if place in ticks[0]] == ["0", "1", "2", "3"]
+    assert "0.5" in ticks[1]
+
+
 def test_a_long_series_is_thinned_but_keeps_its_spike() -> None:
     points = [(float(x), 1.0) for x in range(100_000)]
     points[54_321] = (54_321.0, 9.0)
