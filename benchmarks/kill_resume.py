@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -63,9 +63,9 @@ def run_whole(prefix: Sequence[str], settings: Sequence[str], output: Path) -> P
 
 def run_killed(
     prefix: Sequence[str], settings: Sequence[str], output: Path, *, kills: int, seed: int, whole: Path
-) -> list[dict[str, object]]:
-    """Start the run, kill it, start it again …, and let it end after the last kill. What each kill met."""
-    chance, total, done = random.Random(seed), len(rows(whole)), []
+) -> Iterator[dict[str, object]]:
+    """Start the run, kill it, start it again …, and let it end after the last kill. What each kill met, as it comes."""
+    chance, total = random.Random(seed), len(rows(whole))
     for number in range(kills):
         process = start(prefix, settings, output)
         # Any distance, and on average such that the last kill comes near the end.
@@ -88,10 +88,9 @@ def run_killed(
         flaws = {path.name: flaw(path) for path in checkpoint_folders(checkpoints(output)) if flaw(path)}
         if flaws:
             raise SystemExit(f"a checkpoint is under its name and not complete: {flaws}")
-        done.append(kill)
+        yield kill
     if start(prefix, settings, output).wait() != 0:
         raise SystemExit(f"the last start failed:\n{log(output).read_text()}")
-    return done
 
 
 def compare(whole: Path, killed: Path) -> dict[str, object]:

@@ -86,7 +86,9 @@ class TrainingConfig:
     reduce_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "dtype gradients are summed over workers in; auto: at least float32"
     )
-    reduce_bucket_mb: int = setting(50, "MiB of gradients that are summed over workers at a time", at_least=1)
+    reduce_bucket_mb: int = setting(
+        50, "MiB of gradients that are summed over workers at a time, at most an eighth of all", at_least=1
+    )
     worker_timeout: float = setting(300.0, "seconds without progress of a worker that end the job", above=0)
 
 

@@ -47,7 +47,7 @@ class EagerProgram:
             )
         self.model = model
         self.reducer: Reducer = reducer or OneWorker()
-        self.reducer.assign([0])
+        self.reducer.assign([sum(parameter.nbytes for parameter in model.parameters())])
         assert not self.reducer.shards, "the eager twin keeps its optimizer state whole"
         self.parameters = dict(model.named_parameters())
         self.logits_dtype = as_torch(precision.logits)

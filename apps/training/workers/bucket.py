@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,16 +56,21 @@ class Bucket:
             self.nbytes += gradient.numel() * (self.dtype or at_least_float32(gradient)).itemsize
 
     def send(self, group: dist.ProcessGroup, as_they_are: int) -> None:
-        """Start the sum: of tensors of `as_they_are` bytes and more in place, of a copy of all others together."""
+        """Start the sum: of tensors of `as_they_are` bytes and more in place, of a copy of all others together.
+
+        Two that share memory, as the gradients of A and B where A + B is the weight, are copied.
+        """
         places = [(gradients, name) for _, gradients in self.groups for name in gradients]
         if not places:
             return
         dtypes = {self.dtype or at_least_float32(gradients[name]) for gradients, name in places}
         dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+        uses = Counter(_memory_of(gradients[name]) for gradients, name in places)
         sent, copied = [], []
         for gradients, name in places:
             tensor = gradients[name]
-            if tensor.dtype == dtype and tensor.nbytes >= as_they_are and tensor.is_contiguous():
+            fits = tensor.dtype == dtype and tensor.is_contiguous() and uses[_memory_of(tensor)] == 1
+            if fits and tensor.nbytes >= as_they_are:
                 sent.append(tensor)
             else:
                 copied.append((gradients, name))
@@ -93,6 +99,10 @@ class Bucket:
                 rows, whole = self.narrowed[group]
                 summed = {name: whole[name].to(sums.dtype).index_copy_(0, rows, sums) for name, sums in summed.items()}
             yield group, summed
+
+
+def _memory_of(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def at_least_float32(gradient: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ def test_two_kills_and_the_same_run(settings: dict[str, str], tmp_path: Path) ->
     del given["command"], given["training.output_dir"]
     arguments = [f"{name}={value}" for name, value in given.items()]
     whole = run_whole([], arguments, tmp_path / "whole")
-    kills = run_killed([], arguments, tmp_path / "killed", kills=2, seed=1, whole=whole)
+    kills = list(run_killed([], arguments, tmp_path / "killed", kills=2, seed=1, whole=whole))
     assert not any(kill["ended_before"] for kill in kills)
     assert any(kill["goes_on_after"] for kill in kills)
     compare(whole, tmp_path / "killed")  # SystemExit where anything differs

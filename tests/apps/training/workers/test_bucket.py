@@ -43,6 +43,15 @@ def test_a_large_tensor_of_another_dtype_or_order_is_copied() -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_one_tensor_under_two_names_is_not_summed_twice() -> None:
+    both = torch.ones(100)
+    bucket = Bucket(None, None)
+    bucket.add(0, {"a": both, "b": both})
+    found = through(bucket, as_they_are=1)[0]
+    assert len({tensor.data_ptr() for tensor in (both, found["a"], found["b"])}) == 3
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_rows_travel_alone_and_come_back_among_zeros(dtype: torch.dtype) -> None:
     gradient = torch.zeros(10, 3, dtype=dtype)
