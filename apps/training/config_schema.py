@@ -87,7 +87,7 @@ class TrainingConfig:
         "auto", "dtype gradients are summed over workers in; auto: at least float32"
     )
     reduce_bucket_mb: int = setting(
-        50, "MiB of gradients that are summed over workers at a time, at most an eighth of all", at_least=1
+        50, "MiB of gradients summed over workers at a time, at most 1/8 of all", at_least=1
     )
     worker_timeout: float = setting(300.0, "seconds without progress of a worker that end the job", above=0)
 
@@ -139,7 +139,7 @@ class BackendConfig:
     rules_file: str | None = setting(None, "YAML or TOML file, or a shipped one (optical); stored as rules")
     calibrate_steps: int = setting(
         0,
-        "forward passes before the first step, on its rows and those after, that fill the backends' ranges",
+        "forward passes on the first rows that fill backends' ranges",
         at_least=0,
     )
 
