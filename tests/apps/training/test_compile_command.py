@@ -47,7 +47,7 @@ def test_one_file_appears_with_its_summary(
     assert open_artifact(file).spec["batch_size"] == 2
     told = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if ":" in line)
     assert told["Artifact"].strip() == str(file)
-    assert told["Distinct regions"].strip() == "8 for 2 blocks"
+    assert told["Distinct regions"].strip() == "9 for 2 blocks"
     assert told["Parameters"].strip() == f"{open_artifact(file).manifest['parameters']:,}"
     assert "per token" in told["FLOPs per step"]
     assert {"Size", "Compile time", "Expected memory", "Bytes per step"} <= told.keys()
@@ -140,6 +140,6 @@ def test_debug_keeps_graphs_and_generated_code_beside_the_artifact(
 @pytest.mark.usefixtures("without_compiler")
 def test_progress_counts_regions_where_it_is_wanted(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(train_llm.program, [*arguments, "logging.progress=on"]) == 0
-    assert "Compiling 1/8 regions" in capsys.readouterr().err
+    assert "Compiling 1/9 regions" in capsys.readouterr().err
     assert run_main(train_llm.program, [*arguments, "logging.progress=off"]) == 0
     assert capsys.readouterr().err == ""
