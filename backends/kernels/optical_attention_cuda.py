@@ -41,6 +41,8 @@ def attention_with_kernels(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """`optical_attention` on a GPU. `dither`: the keys for scores and out; `levels`: of converters in and out."""
     register()
+    if mask is not None:
+        mask = mask.expand(mask.shape[0], 1, q.shape[2], k.shape[2])
     keys, packed = torch.stack([*dither[0], *dither[1]]), torch.stack(ranges)
     out, seen = _AttentionWithKernels.apply(
         q, k, v, packed, keys, first_row, mask, scale, is_causal, *levels, lut_min, observe
