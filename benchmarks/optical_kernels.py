@@ -156,23 +156,23 @@ def timed(step: Callable[[Tensor], Any], grad: Tensor) -> tuple[float, float]:
     return do_bench(lambda: step(grad), warmup=50, rep=300, return_mode="median"), peak
 
 
-TILES = {
+TILES = {  # queries, keys, warps, pipeline stages
     "forward_tiles": [
         (128, 64, 8, 3),
-        (128, 64, 8, 2),
         (64, 64, 4, 3),
+        (64, 64, 4, 2),
+        (64, 32, 4, 3),
+        (128, 32, 8, 3),
         (128, 32, 4, 3),
-        (128, 128, 8, 2),
-        (128, 64, 4, 2),
     ],
-    "grad_query_tiles": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3)],
+    "grad_query_tiles": [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3)],
     "grad_key_tiles": [
         (32, 128, 8, 3),
         (64, 128, 8, 2),
         (32, 64, 4, 3),
         (32, 64, 4, 2),
         (64, 64, 4, 2),
-        (64, 128, 8, 3),
+        (16, 128, 8, 3),
     ],
 }
 KERNEL_OF = {

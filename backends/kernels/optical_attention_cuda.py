@@ -43,7 +43,7 @@ def attention_with_kernels(
     register()
     if mask is not None:
         mask = mask.expand(mask.shape[0], 1, q.shape[2], k.shape[2])
-    keys, packed = torch.stack([*dither[0], *dither[1]]), torch.stack(ranges)
+    keys, packed = torch.stack([*_kernel_words(dither[0]), *_kernel_words(dither[1])]), torch.stack(ranges)
     out, seen = _AttentionWithKernels.apply(
         q, k, v, packed, keys, first_row, mask, scale, is_causal, *levels, lut_min, observe
     )
@@ -85,8 +85,8 @@ def optical_attention_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, softmax · v unquantised, log₂ of the softmax denominators [B, H, S], ranges seen [10]).
 
-    q [B, H, S, D], k, v [B, G, S_kv, D]; ranges float32 [10] of q, k, v, scores, out; keys int32 [4] of the dither of
-    scores and out. Without `save` the second and third are empty, without `observe` the fourth is.
+    q [B, H, S, D], k, v [B, G, S_kv, D]; ranges float32 [10] of q, k, v, scores, out; keys int32 [4]: `_kernel_words`
+    of the dither of scores and of out. Without `save` the second and third are empty, without `observe` the fourth is.
     """
     from torch.library import wrap_triton
 
@@ -111,9 +111,8 @@ def optical_attention_forward(
     )  # fmt: skip
     if not observe:
         return out, plain_out, logsums, extreme
-    # the kernel gives maxima negated
-    scores_low, scores_high, out_low, out_high = (extreme.amin(0) * ranges.new_tensor([1.0, -1.0, 1.0, -1.0])).unbind()
-    seen = (*extremes(q), *extremes(k), *extremes(v), scores_low, scores_high, out_low, out_high)
+    scores_low, negated_scores_high, out_low, negated_out_high = extreme.amin(0).unbind()
+    seen = (*extremes(q), *extremes(k), *extremes(v), scores_low, -negated_scores_high, out_low, -negated_out_high)
     return out, plain_out, logsums, torch.stack(seen)
 
 
@@ -176,6 +175,14 @@ def grad_query_tiles(head_dim: int) -> tuple[int, int, int, int]:
 def grad_key_tiles(head_dim: int) -> tuple[int, int, int, int]:
     """As `forward_tiles`, for dK and dV."""
     return (32, 128, 8, 3) if head_dim <= 64 else (32, 128, 8, 2)
+
+
+def _kernel_words(key: Key) -> tuple[Tensor, Tensor]:
+    """The words of a key, each with its own share of the xor-shift that follows where it is injected.
+
+    (w ^ key) ^ (w ^ key) >> n is w ^ w >> n ^ (key ^ key >> n): with the bracket given, one instruction of a kernel.
+    """
+    return key.first ^ (key.first >> 16 & 0xFFFF), key.second ^ (key.second >> 15 & 0x1FFFF)
 
 
 def _light(x: Tensor, ends: Tensor, levels: int, lut_min: float | None) -> Tensor:

@@ -17,7 +17,6 @@ from backends.kernels.triton_functions import compile_in_place
 tl: Any = None
 range_size: Any = None
 converter: Any = None
-mixed_key: Any = None
 random_number: Any = None
 converted_level: Any = None
 allowed_pairs: Any = None
@@ -89,7 +88,7 @@ def attention_grad_query_kernel(
     alpha = step * scale * 1.4426950408889634  # exponents of 2
     entry = (tl.load(first_row).to(tl.uint32) + batch.to(tl.uint32)) * HEADS + head.to(tl.uint32)
     row_index = (entry * num_rows.to(tl.uint32) + rows.to(tl.uint32)) * num_cols.to(tl.uint32)
-    first, second = mixed_key(keys)
+    first, second = tl.load(keys).to(tl.uint32), tl.load(keys + 1).to(tl.uint32)
     place = tl.program_id(1).to(tl.int64) * num_rows + rows
     logsum = tl.load(logsums + place, mask=rows < num_rows, other=float("inf"))
     delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
@@ -141,6 +140,7 @@ def key_sweep(
         delta = tl.load(deltas + rows, mask=inside, other=0.0)
         row_index = (head_index + rows.to(tl.uint32)) * num_cols.to(tl.uint32)
         raw = tl.dot(k, q_t, input_precision="ieee")
+        grad_p = tl.dot(plain_v, tl.trans(grad_tile), input_precision="ieee")
         random = random_number(row_index[None, :] + cols[:, None].to(tl.uint32), first, second)
         level = converted_level(raw, random, slope, shift, gain, low, high, rounder)
         probability = tl.exp2(alpha * level - logsum[None, :])
@@ -150,7 +150,6 @@ def key_sweep(
             )
             probability = tl.where(allowed, probability, 0.0)
         grad_v = tl.dot(probability.to(grad_tile.dtype), grad_tile, grad_v, input_precision="ieee")
-        grad_p = tl.dot(plain_v, tl.trans(grad_tile), input_precision="ieee")
         grad_score = probability * (grad_p - delta[None, :])
         grad_k = tl.dot(grad_score.to(queries.dtype), queries, grad_k, input_precision="ieee")
     return grad_k, grad_v
@@ -179,7 +178,7 @@ def attention_grad_key_kernel(
     unit = range_size(ranges) * range_size(ranges + 2)
     slope, shift, gain, low, high, rounder, step, _ = converter(ranges + 6, unit, OUTPUT_LEVELS)
     alpha = step * scale * 1.4426950408889634
-    first, second = mixed_key(keys)
+    first, second = tl.load(keys).to(tl.uint32), tl.load(keys + 1).to(tl.uint32)
 
     start, stop = 0, num_rows
     middle = start  # up to here tiles are cut by a mask

@@ -16,7 +16,6 @@ from backends.kernels.triton_functions import compile_in_place
 tl: Any = None
 range_size: Any = None
 converter: Any = None
-mixed_key: Any = None
 random_number: Any = None
 converted_level: Any = None
 
@@ -160,7 +159,7 @@ def attention_forward_kernel(
     entry = (tl.load(first_row).to(tl.uint32) + batch.to(tl.uint32)) * HEADS + head.to(tl.uint32)
     out_index = entry * num_rows.to(tl.uint32) + rows.to(tl.uint32)
     row_index = out_index * num_cols.to(tl.uint32)
-    first, second = mixed_key(keys)
+    first, second = tl.load(keys).to(tl.uint32), tl.load(keys + 1).to(tl.uint32)
 
     start, stop = 0, num_cols
     if CAUSAL:
@@ -220,7 +219,7 @@ def attention_forward_kernel(
         tl.store(observed + 2, tl.min(tl.min(tl.where(inside, acc, infinity), 1), 0) * value_unit)
         tl.store(observed + 3, -tl.max(tl.max(tl.where(inside, acc, -infinity), 1), 0) * value_unit)
     slope, shift, gain, low, high, rounder, step, base = converter(ranges + 8, value_unit, OUTPUT_LEVELS)
-    first, second = mixed_key(keys + 2)
+    first, second = tl.load(keys + 2).to(tl.uint32), tl.load(keys + 3).to(tl.uint32)
     random = random_number((out_index * DV)[:, None] + dv[None, :].to(tl.uint32), first, second)
     result = converted_level(acc, random, slope, shift, gain, low, high, rounder) * step + base
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
