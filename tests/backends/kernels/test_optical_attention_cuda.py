@@ -26,20 +26,17 @@ def layer_and_inputs(
     return layer.cuda().train(), inputs
 
 
-def attend(layer: Products, inputs: dict[str, Tensor], mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+def attend(
+    layer: Products, inputs: dict[str, Tensor], mask: Tensor | None = None, grad: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """out [B, H, S, D], and the gradients for q, k and v of a fixed random sum of it."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
     q, k, v = (leaf.transpose(1, 2) for leaf in leaves.values())
     out = layer.attend(q, k, v, mask=mask, scale=layer.head_dim**-0.5)
-    grad = gradient_of(layer, q.shape[0], q.shape[2])
+    if grad is None:
+        torch.manual_seed(1)
+        grad = torch.randn(out.shape, device="cuda", dtype=torch.bfloat16)
     return out.detach(), list(torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype)))
-
-
-def gradient_of(layer: Products, batch: int, queries: int) -> Tensor:
-    """The same random numbers each time, laid out as the kernels lay out their result."""
-    torch.manual_seed(1)
-    shape = (batch, queries, layer.num_heads, layer.head_dim)
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
@@ -101,9 +98,9 @@ def test_two_runs_give_the_same_bits() -> None:
 def test_a_compiled_region_gives_what_eager_gives(tmp_path: Path) -> None:
     layer, inputs = layer_and_inputs(8, 2, 333, 333, 64)
     attend(layer, inputs)
-    step = compiled_step(layer, inputs, tmp_path)
-    results = step(gradient_of(layer, 2, 333))
-    out, gradients = attend(layer, inputs)
+    step, grad = compiled_step(layer, inputs, tmp_path)
+    results = step(grad)
+    out, gradients = attend(layer, inputs, grad=grad)
     torch.testing.assert_close(results["output"], out, rtol=0, atol=0.05)
     for name, wanted in zip(inputs, gradients, strict=True):
         assert relative(results[f"grad_{name}"], wanted) < 1e-2
