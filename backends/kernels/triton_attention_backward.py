@@ -17,7 +17,6 @@ from backends.kernels.triton_functions import compile_in_place
 tl: Any = None
 range_size: Any = None
 converter: Any = None
-mixed_key: Any = None
 random_number: Any = None
 converted_level: Any = None
 allowed_pairs: Any = None
@@ -62,9 +61,10 @@ def attention_grad_query_kernel(
     q, k, plain_k, plain_v, grad_out, plain_out, logsums, ranges, keys, first_row, mask, spans, grad_q, deltas,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_ckb, stride_ckh, stride_ckn,
     stride_cvb, stride_cvh, stride_cvn, stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om,
-    stride_dqb, stride_dqh, stride_dqm, stride_mask_batch, stride_mask_row, stride_mask_col, num_rows, num_cols, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, OUTPUT_LEVELS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    stride_dqb, stride_dqh, stride_dqm, stride_mask_batch, stride_mask_row, stride_mask_col,
+    stride_spans, num_rows, num_cols, SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, OUTPUT_LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, batch · heads). Writes dQ, and Σ P ∘ dP of each row for the other kernel."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the last blocks are the longest: start them
@@ -86,10 +86,10 @@ def attention_grad_query_kernel(
     mask += wide_batch * stride_mask_batch
     unit = range_size(ranges) * range_size(ranges + 2)
     slope, shift, gain, low, high, rounder, step, _ = converter(ranges + 6, unit, OUTPUT_LEVELS)
-    alpha = step * scale * 1.4426950408889634  # exponents of 2
+    alpha = step * SCALE * 1.4426950408889634  # exponents of 2
     entry = (tl.load(first_row).to(tl.uint32) + batch.to(tl.uint32)) * HEADS + head.to(tl.uint32)
-    row_index = (entry * num_rows.to(tl.uint32) + rows.to(tl.uint32)) * num_cols.to(tl.uint32)
-    first, second = mixed_key(keys)
+    row_index = (entry * num_rows + rows.to(tl.uint32)) * num_cols
+    first, second = tl.load(keys).to(tl.uint32), tl.load(keys + 1).to(tl.uint32)
     place = tl.program_id(1).to(tl.int64) * num_rows + rows
     logsum = tl.load(logsums + place, mask=rows < num_rows, other=float("inf"))
     delta = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
@@ -102,7 +102,7 @@ def attention_grad_query_kernel(
     else:
         middle = num_cols // BLOCK_N * BLOCK_N
     if MASKED:
-        spans += (batch * (stride_mask_batch != 0) * tl.num_programs(0) + block) * 2
+        spans += batch * stride_spans + block * 2
         start, stop = tl.load(spans) // BLOCK_N * BLOCK_N, tl.load(spans + 1)
         middle = start
     acc = tl.zeros((BLOCK_M, D), tl.float32)
@@ -118,7 +118,7 @@ def attention_grad_query_kernel(
         num_rows, num_cols, middle, stop, D, DV, BLOCK_N, CAUSAL, MASKED, True,
     )  # fmt: skip
     grad_q += wide_batch * stride_dqb + head * stride_dqh
-    tl.store(grad_q + rows[:, None] * stride_dqm + d[None, :], (acc * scale).to(grad_q.dtype.element_ty), mask=inside)
+    tl.store(grad_q + rows[:, None] * stride_dqm + d[None, :], (acc * SCALE).to(grad_q.dtype.element_ty), mask=inside)
 
 
 def key_sweep(
@@ -139,8 +139,9 @@ def key_sweep(
         # a row past the end has exp2(−inf) = 0 everywhere
         logsum = tl.load(logsums + rows, mask=inside, other=float("inf"))
         delta = tl.load(deltas + rows, mask=inside, other=0.0)
-        row_index = (head_index + rows.to(tl.uint32)) * num_cols.to(tl.uint32)
+        row_index = (head_index + rows.to(tl.uint32)) * num_cols
         raw = tl.dot(k, q_t, input_precision="ieee")
+        grad_p = tl.dot(plain_v, tl.trans(grad_tile), input_precision="ieee")
         random = random_number(row_index[None, :] + cols[:, None].to(tl.uint32), first, second)
         level = converted_level(raw, random, slope, shift, gain, low, high, rounder)
         probability = tl.exp2(alpha * level - logsum[None, :])
@@ -150,7 +151,6 @@ def key_sweep(
             )
             probability = tl.where(allowed, probability, 0.0)
         grad_v = tl.dot(probability.to(grad_tile.dtype), grad_tile, grad_v, input_precision="ieee")
-        grad_p = tl.dot(plain_v, tl.trans(grad_tile), input_precision="ieee")
         grad_score = probability * (grad_p - delta[None, :])
         grad_k = tl.dot(grad_score.to(queries.dtype), queries, grad_k, input_precision="ieee")
     return grad_k, grad_v
@@ -160,9 +160,10 @@ def attention_grad_key_kernel(
     q, k, plain_q, plain_v, grad_out, logsums, deltas, ranges, keys, first_row, mask, spans, grad_k, grad_v,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_cqb, stride_cqh, stride_cqm,
     stride_cvb, stride_cvh, stride_cvn, stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn,
-    stride_dvb, stride_dvh, stride_dvn, stride_mask_batch, stride_mask_row, stride_mask_col, num_rows, num_cols, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, OUTPUT_LEVELS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+    stride_dvb, stride_dvh, stride_dvn, stride_mask_batch, stride_mask_row, stride_mask_col,
+    stride_spans, num_rows, num_cols, SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, OUTPUT_LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Grid (key blocks, batch · key heads); the first blocks are the longest under a causal mask."""
     block = tl.program_id(0)
@@ -178,8 +179,8 @@ def attention_grad_key_kernel(
     mask += wide_batch * stride_mask_batch
     unit = range_size(ranges) * range_size(ranges + 2)
     slope, shift, gain, low, high, rounder, step, _ = converter(ranges + 6, unit, OUTPUT_LEVELS)
-    alpha = step * scale * 1.4426950408889634
-    first, second = mixed_key(keys)
+    alpha = step * SCALE * 1.4426950408889634
+    first, second = tl.load(keys).to(tl.uint32), tl.load(keys + 1).to(tl.uint32)
 
     start, stop = 0, num_rows
     middle = start  # up to here tiles are cut by a mask
@@ -187,7 +188,7 @@ def attention_grad_key_kernel(
         start = block * BLOCK_N // BLOCK_M * BLOCK_M
         middle = tl.minimum(tl.cdiv((block + 1) * BLOCK_N, BLOCK_M) * BLOCK_M, tl.maximum(num_rows, start))
     if MASKED:
-        spans += (batch * (stride_mask_batch != 0) * tl.num_programs(0) + block) * 2
+        spans += batch * stride_spans + block * 2
         start, stop = tl.load(spans) // BLOCK_M * BLOCK_M, tl.load(spans + 1)
         middle = stop
     acc_k = tl.zeros((BLOCK_N, D), tl.float32)
@@ -199,7 +200,7 @@ def attention_grad_key_kernel(
         head_grad = grad_out + wide_batch * stride_gb + head * stride_gh
         line = (wide_batch * HEADS + head) * num_rows
         entry = (tl.load(first_row).to(tl.uint32) + batch.to(tl.uint32)) * HEADS + head.to(tl.uint32)
-        head_index = entry * num_rows.to(tl.uint32)
+        head_index = entry * num_rows
         if CAUSAL or MASKED:
             acc_k, acc_v = key_sweep(
                 acc_k, acc_v, k_tile, v_tile, head_q, head_plain_q, head_grad, logsums + line, deltas + line, stride_qm,
@@ -215,7 +216,7 @@ def attention_grad_key_kernel(
                 D, DV, BLOCK_M, CAUSAL, MASKED, False,
             )  # fmt: skip
     grad_k += wide_batch * stride_dkb + group * stride_dkh
-    tl.store(grad_k + cols[:, None] * stride_dkn + d[None, :], (acc_k * scale).to(grad_k.dtype.element_ty), mask=inside)
+    tl.store(grad_k + cols[:, None] * stride_dkn + d[None, :], (acc_k * SCALE).to(grad_k.dtype.element_ty), mask=inside)
     grad_v += wide_batch * stride_dvb + group * stride_dvh
     tl.store(grad_v + cols[:, None] * stride_dvn + dv[None, :], acc_v.to(grad_v.dtype.element_ty), mask=inside)
 

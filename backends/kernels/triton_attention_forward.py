@@ -16,7 +16,6 @@ from backends.kernels.triton_functions import compile_in_place
 tl: Any = None
 range_size: Any = None
 converter: Any = None
-mixed_key: Any = None
 random_number: Any = None
 converted_level: Any = None
 
@@ -133,10 +132,11 @@ def attention_forward_kernel(
     out, plain_out, logsums, observed,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_pb, stride_ph, stride_pn, stride_ob, stride_oh, stride_om,
-    stride_mask_batch, stride_mask_row, stride_mask_col, num_rows, num_cols, scale,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, INPUT_LEVELS: tl.constexpr,
-    OUTPUT_LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr, SAVE: tl.constexpr, OBSERVE: tl.constexpr,
+    stride_mask_batch, stride_mask_row, stride_mask_col,
+    stride_spans, num_rows, num_cols, SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr,
+    INPUT_LEVELS: tl.constexpr, OUTPUT_LEVELS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, SAVE: tl.constexpr, OBSERVE: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, batch · heads). q, k, v: quantised, normalised; plain_v: as given."""
     infinity = float("inf")
@@ -156,11 +156,11 @@ def attention_forward_kernel(
     mask += batch.to(tl.int64) * stride_mask_batch
     score_unit = range_size(ranges) * range_size(ranges + 2)
     slope, shift, gain, low, high, rounder, step, _ = converter(ranges + 6, score_unit, OUTPUT_LEVELS)
-    alpha = step * scale * 1.4426950408889634  # exponents of 2
+    alpha = step * SCALE * 1.4426950408889634  # exponents of 2
     entry = (tl.load(first_row).to(tl.uint32) + batch.to(tl.uint32)) * HEADS + head.to(tl.uint32)
-    out_index = entry * num_rows.to(tl.uint32) + rows.to(tl.uint32)
-    row_index = out_index * num_cols.to(tl.uint32)
-    first, second = mixed_key(keys)
+    out_index = entry * num_rows + rows.to(tl.uint32)
+    row_index = out_index * num_cols
+    first, second = tl.load(keys).to(tl.uint32), tl.load(keys + 1).to(tl.uint32)
 
     start, stop = 0, num_cols
     if CAUSAL:
@@ -169,7 +169,7 @@ def attention_forward_kernel(
     else:
         middle = num_cols // BLOCK_N * BLOCK_N
     if MASKED:
-        spans += (batch * (stride_mask_batch != 0) * tl.num_programs(0) + block) * 2
+        spans += batch * stride_spans + block * 2
         start, stop = tl.load(spans) // BLOCK_N * BLOCK_N, tl.load(spans + 1)
         middle = start
 
@@ -220,7 +220,7 @@ def attention_forward_kernel(
         tl.store(observed + 2, tl.min(tl.min(tl.where(inside, acc, infinity), 1), 0) * value_unit)
         tl.store(observed + 3, -tl.max(tl.max(tl.where(inside, acc, -infinity), 1), 0) * value_unit)
     slope, shift, gain, low, high, rounder, step, base = converter(ranges + 8, value_unit, OUTPUT_LEVELS)
-    first, second = mixed_key(keys + 2)
+    first, second = tl.load(keys + 2).to(tl.uint32), tl.load(keys + 3).to(tl.uint32)
     random = random_number((out_index * DV)[:, None] + dv[None, :].to(tl.uint32), first, second)
     result = converted_level(acc, random, slope, shift, gain, low, high, rounder) * step + base
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)

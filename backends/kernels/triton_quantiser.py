@@ -39,16 +39,10 @@ def converter(pointer, unit, LEVELS: tl.constexpr):
     return slope, shift, tl.where(known, 1.0, 0.0), low, high, rounder, step, base
 
 
-def mixed_key(pointer):
-    """The two words of a `Key`, each with its own share of the xor-shift that follows where it is injected."""
-    first, second = tl.load(pointer).to(tl.uint32), tl.load(pointer + 1).to(tl.uint32)
-    return first ^ (first >> 16), second ^ (second >> 15)
-
-
 def random_number(index, first, second):
     """ξ + 1.5 in [1, 2) for a uint32 index: `dither.uniform` to 23 bits, which become the significand of a float.
 
-    (w ^ key) ^ (w ^ key) >> n is w ^ w >> n ^ `mixed_key`: one instruction of three operands.
+    first, second: `kernel_words` of the key.
     """
     word = (index ^ (index >> 16) ^ first) * 0x7FEB352D
     word = (word ^ (word >> 15) ^ second) * 0x846CA68B
@@ -66,6 +60,6 @@ def converted_level(value, random, slope, shift, gain, low, high, rounder):
 
 def compiled_functions() -> SimpleNamespace:
     """This file's functions as Triton functions, for the file of a kernel that calls them."""
-    functions = (range_size, converter, mixed_key, random_number, converted_level)
+    functions = (range_size, converter, random_number, converted_level)
     compile_in_place(globals(), *functions)
     return SimpleNamespace(**{function.__name__: globals()[function.__name__] for function in functions})

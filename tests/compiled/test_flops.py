@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from compiled import lowering
 from compiled.flops import count_flops
@@ -74,3 +75,24 @@ def test_causal_attention_counts_the_half_that_has_to_be_computed(
 
 def test_elementwise_work_is_not_counted() -> None:
     assert count_flops(lowering.trace(lambda x: (x.exp() + x.softmax(-1), x.sum()), [torch.ones(4, 4)])) == 0
+
+
+def test_an_operator_of_our_own_counts_what_its_author_registered() -> None:
+    @torch.library.custom_op("substrate_test::twice", mutates_args=())
+    def twice(x: Tensor, times: int) -> Tensor:
+        return x * times
+
+    @twice.register_fake
+    def _(x: Tensor, times: int) -> Tensor:
+        return torch.empty_like(x)
+
+    def graph() -> GraphModule:
+        return lowering.trace(lambda x: (torch.ops.substrate_test.twice(x, 3),), [torch.empty(4, 5)])
+
+    assert count_flops(graph()) == 0
+
+    @register_flop_formula(torch.ops.substrate_test.twice)
+    def flops(x: tuple[int, ...], times: int, **_: object) -> int:
+        return x[0] * x[1] * times
+
+    assert count_flops(graph()) == 4 * 5 * 3
