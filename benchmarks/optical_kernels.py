@@ -164,23 +164,9 @@ def timed(step: Callable[[Tensor], Any], grad: Tensor) -> tuple[float, float]:
 
 
 TILES = {  # queries, keys, warps, pipeline stages
-    "forward_tiles": [
-        (128, 64, 8, 3),
-        (64, 64, 4, 3),
-        (64, 64, 4, 2),
-        (64, 32, 4, 3),
-        (128, 32, 8, 3),
-        (128, 32, 4, 3),
-    ],
-    "grad_query_tiles": [(128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3)],
-    "grad_key_tiles": [
-        (32, 128, 8, 3),
-        (64, 128, 8, 2),
-        (32, 64, 4, 3),
-        (32, 64, 4, 2),
-        (64, 64, 4, 2),
-        (16, 128, 8, 3),
-    ],
+    "forward_tiles": [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2)],
+    "grad_query_tiles": [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2)],
+    "grad_key_tiles": [(32, 64, 4, 2), (16, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 2)],
 }
 KERNEL_OF = {
     "forward_tiles": "attention_forward_kernel",

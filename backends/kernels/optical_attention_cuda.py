@@ -165,12 +165,12 @@ def optical_attention_backward(
 
 def forward_tiles(head_dim: int) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps, pipeline stages. Fixed by shape: a run never tries several."""
-    return (64, 64, 4, 3) if head_dim <= 64 else (128, 64, 8, 2)
+    return (64, 64, 4, 3) if head_dim <= 64 else (64, 64, 4, 2)
 
 
 def grad_query_tiles(head_dim: int) -> tuple[int, int, int, int]:
     """As `forward_tiles`, for dQ."""
-    return (64, 64, 4, 3) if head_dim <= 64 else (128, 64, 8, 2)
+    return (64, 64, 4, 2) if head_dim <= 64 else (64, 32, 4, 2)
 
 
 def grad_key_tiles(head_dim: int) -> tuple[int, int, int, int]:

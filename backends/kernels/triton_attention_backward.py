@@ -59,14 +59,18 @@ def query_sweep(
 
 def attention_grad_query_kernel(
     q, k, plain_k, plain_v, grad_out, plain_out, logsums, ranges, keys, first_row, mask, spans, grad_q, deltas,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_ckb, stride_ckh, stride_ckn,
-    stride_cvb, stride_cvh, stride_cvn, stride_gb, stride_gh, stride_gm, stride_ob, stride_oh, stride_om,
+    stride_qb, stride_qh, stride_qm: tl.constexpr, stride_kb, stride_kh, stride_kn: tl.constexpr,
+    stride_ckb, stride_ckh, stride_ckn: tl.constexpr, stride_cvb, stride_cvh, stride_cvn: tl.constexpr,
+    stride_gb, stride_gh, stride_gm: tl.constexpr, stride_ob, stride_oh, stride_om,
     stride_dqb, stride_dqh, stride_dqm, stride_mask_batch, stride_mask_row, stride_mask_col,
     stride_spans, num_rows, num_cols, SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, OUTPUT_LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query blocks, batch · heads). Writes dQ, and Σ P ∘ dP of each row for the other kernel."""
+    """Grid (query blocks, batch · heads). Writes dQ, and Σ P ∘ dP of each row for the other kernel.
+
+    Strides between rows are constants, as they are for a model: registers for them cost occupancy.
+    """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # under a causal mask the last blocks are the longest: start them
     batch, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     group = head // (HEADS // GROUPS)
@@ -158,8 +162,9 @@ def key_sweep(
 
 def attention_grad_key_kernel(
     q, k, plain_q, plain_v, grad_out, logsums, deltas, ranges, keys, first_row, mask, spans, grad_k, grad_v,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_cqb, stride_cqh, stride_cqm,
-    stride_cvb, stride_cvh, stride_cvn, stride_gb, stride_gh, stride_gm, stride_dkb, stride_dkh, stride_dkn,
+    stride_qb, stride_qh, stride_qm: tl.constexpr, stride_kb, stride_kh, stride_kn: tl.constexpr,
+    stride_cqb, stride_cqh, stride_cqm: tl.constexpr, stride_cvb, stride_cvh, stride_cvn: tl.constexpr,
+    stride_gb, stride_gh, stride_gm: tl.constexpr, stride_dkb, stride_dkh, stride_dkn,
     stride_dvb, stride_dvh, stride_dvn, stride_mask_batch, stride_mask_row, stride_mask_col,
     stride_spans, num_rows, num_cols, SCALE: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, OUTPUT_LEVELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
