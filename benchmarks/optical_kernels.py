@@ -3,7 +3,8 @@
     python benchmarks/optical_kernels.py [check|time|tiles ...]
 
 `check` compares with the same products in float64: output in steps of its converter, gradients as relative errors.
-`time` gives medians of forward + backward from CUDA events, and the peak of memory beyond the inputs. `tiles` times the
+`time` gives medians of forward + backward from CUDA events around replays of a CUDA graph, which is how a run calls
+regions (else the small shapes time the launches), and the peak of memory beyond the inputs. `tiles` times the
 attention kernels for several launch configurations, which is how those in `optical_attention_cuda.py` were chosen.
 """
 
@@ -151,7 +152,7 @@ def measure(folder: Path) -> None:
 
 def timed(step: Callable[[Tensor], Any], grad: Tensor) -> tuple[float, float]:
     """(median milliseconds, peak MiB beyond what is there before)."""
-    from triton.testing import do_bench
+    from triton.testing import do_bench_cudagraph
 
     step(grad)
     torch.cuda.synchronize()
@@ -160,7 +161,7 @@ def timed(step: Callable[[Tensor], Any], grad: Tensor) -> tuple[float, float]:
     step(grad)
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return do_bench(lambda: step(grad), warmup=50, rep=300, return_mode="median"), peak
+    return do_bench_cudagraph(lambda: step(grad), rep=100, return_mode="median"), peak
 
 
 TILES = {  # queries, keys, warps, pipeline stages
