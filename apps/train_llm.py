@@ -108,7 +108,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.trainer import Trainer, make_recipe
 
     # The step: which model, which backend computes which layer, and the machine code for it. No weights yet.
-    settings, output = config.training, Path(config.training.output_dir)
+    settings, output, length = config.training, Path(config.training.output_dir), config.model.max_seq_length
     artifact = require_artifact(config, plan)
     device = open_device(plan.spec.device["kind"], config, workers)
     accumulation = accumulation_steps(settings, workers.world_size)
@@ -136,7 +136,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         start_batch=resumed.step * accumulation,
     )
     loader.check()
-    count = count_steps(loader.steps_per_epoch, num_epochs=settings.num_epochs, max_steps=settings.max_steps)
+    count = count_steps(loader.steps_per_epoch, settings, tokens_per_step=rows_per_step * length, sizes=plan.sizes)
     print(f"Dataset: {loader.description()}")
     print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}")
     print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
@@ -167,8 +167,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
 
     # From here on we write. Ctrl-C lets the running step finish and everything be saved.
     saver = Saver(config, identity, model, program, dataset.tokenizer_folder, workers, trainer.last_step)
-    length, peak = config.model.max_seq_length, peak_of(device, plan.precision.compute)
-    flops = training_flops_per_token(plan.model_config, plan.num_parameters, length)
+    peak = peak_of(device, plan.precision.compute)
     outcome = Outcome(
         title=f"{plan.model_name} on {dataset.folder.name}",
         overview=overview(
@@ -176,10 +175,13 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
             batch_size=settings.batch_size * accumulation,
             num_steps=count.total,
             workers=workers.world_size,
+            budget=count.budget,
         ),
         routed_table=plan.routing.table(),
         num_parameters=plan.num_parameters,
-        flops_per_step=rows_per_step * length * flops,
+        flops_per_step=rows_per_step
+        * length
+        * training_flops_per_token(plan.model_config, plan.num_parameters, length),
         peak=None if peak is None else peak * workers.world_size,
         steps=resumed.records,
         evaluations=resumed.evaluations,

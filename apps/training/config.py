@@ -21,6 +21,7 @@ from apps.training.config_keys import Key, keys_of, plugin_config, unknown_key
 from apps.training.config_rules import check_rules, with_rules_file
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import write_yaml
+from apps.training.token_budget import check_budget
 from backends.errors import UserError, did_you_mean
 from backends.yaml_reading import parse_yaml
 
@@ -108,6 +109,14 @@ def _check(config: TrainConfig) -> None:
     steps = names.save_steps
     if isinstance(steps, list) and (not steps or min(steps) < 1):
         raise UserError(f"checkpoint.save_steps={steps}. Expected int, at least 1, or a list of such: [100, 500].")
+    training = config.training
+    if training.token_budget is not None:
+        if training.max_steps is not None:
+            raise UserError(
+                f"Please specify at most one of training.max_steps and training.token_budget; got {training.max_steps} "
+                f"and {training.token_budget}. KEY=null unsets one."
+            )
+        check_budget(training.token_budget)
     check_rules(config.backend.rules, config.backend.default)
     assert config.precision  # refuses dtypes that do not go together
 

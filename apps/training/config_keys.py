@@ -19,6 +19,7 @@ KNOWN_ELSEWHERE = {
     "pef": "run.artifact",
     "output_folder": "compile.output_dir",
     "end_early_at_step": "training.max_steps",
+    "max_tokens": "training.token_budget",
     "epochs": "training.num_epochs",
     "num_train_epochs": "training.num_epochs",
     "per_device_train_batch_size": "training.batch_size",

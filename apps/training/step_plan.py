@@ -55,6 +55,16 @@ class StepPlan:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Parameters by the names of training.token_budget; the projection to the vocabulary is an embedding too."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        tables = {parameter for module in ends for parameter in module.parameters()}  # a tied one is one parameter
+        return {
+            "N": self.num_parameters,
+            "N_non_embedding": self.num_parameters - sum(table.numel() for table in tables),
+        }
+
 
 def plan_step(config: TrainConfig) -> StepPlan:
     """Read the model's config (never its weights), route it, and say what the step is compiled for."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from apps.training.config_schema import TrainingConfig
+from apps.training.token_budget import TokenBudget, count_tokens
 from backends.errors import UserError
 
 
@@ -46,6 +48,7 @@ class StepCount:
 
     steps_per_epoch: int
     total: int
+    budget: TokenBudget | None = None  # what the total follows from, if it was given in tokens
 
     @property
     def num_epochs(self) -> int:
@@ -58,6 +61,17 @@ class StepCount:
         return Position(before + 1, self.num_epochs, inside + 1, steps)
 
 
-def count_steps(steps_per_epoch: int, *, num_epochs: int, max_steps: int | None) -> StepCount:
-    """`max_steps` steps, through as many epochs as they take, or else `num_epochs` whole epochs."""
-    return StepCount(steps_per_epoch, num_epochs * steps_per_epoch if max_steps is None else max_steps)
+def count_steps(
+    steps_per_epoch: int, settings: TrainingConfig, *, tokens_per_step: int, sizes: Mapping[str, int]
+) -> StepCount:
+    """`max_steps` steps, or those that `token_budget` takes, through as many epochs as needed; else `num_epochs`.
+
+    tokens_per_step: positions in the rows of all microbatches of all workers. sizes: the model's number of parameters
+    by the names a budget has for it. UserError when the budget comes to nothing for them.
+    """
+    if settings.token_budget is not None:
+        tokens = count_tokens(settings.token_budget, sizes)
+        budget = TokenBudget(settings.token_budget, tokens, tokens_per_step)
+        return StepCount(steps_per_epoch, budget.steps, budget)
+    steps = settings.max_steps
+    return StepCount(steps_per_epoch, settings.num_epochs * steps_per_epoch if steps is None else steps)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.steps import Position
+from apps.training.token_budget import TokenBudget
 
 
-def overview(*, num_epochs: int, batch_size: int, num_steps: int, workers: int = 1) -> str:
+def overview(
+    *, num_epochs: int, batch_size: int, num_steps: int, workers: int = 1, budget: TokenBudget | None = None
+) -> str:
     """The block before the first step."""
     return "\n".join(
         [
+            *([str(budget)] if budget else []),
             f"Number of epochs: {num_epochs:,}",
             f"Per worker batch size: {batch_size:,}",
             f"Per worker number of batches (steps): {num_steps:,}",
