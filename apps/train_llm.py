@@ -168,20 +168,13 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     # From here on we write. Ctrl-C lets the running step finish and everything be saved.
     saver = Saver(config, identity, model, program, dataset.tokenizer_folder, workers, trainer.last_step)
     peak = peak_of(device, plan.precision.compute)
+    flops = training_flops_per_token(plan.model_config, plan.num_parameters, length)
     outcome = Outcome(
         title=f"{plan.model_name} on {dataset.folder.name}",
-        overview=overview(
-            num_epochs=count.num_epochs,
-            batch_size=settings.batch_size * accumulation,
-            num_steps=count.total,
-            workers=workers.world_size,
-            budget=count.budget,
-        ),
+        overview=overview(count, batch_size=settings.batch_size * accumulation, workers=workers.world_size),
         routed_table=plan.routing.table(),
         num_parameters=plan.num_parameters,
-        flops_per_step=rows_per_step
-        * length
-        * training_flops_per_token(plan.model_config, plan.num_parameters, length),
+        flops_per_step=rows_per_step * length * flops,
         peak=None if peak is None else peak * workers.world_size,
         steps=resumed.records,
         evaluations=resumed.evaluations,

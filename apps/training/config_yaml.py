@@ -1,5 +1,6 @@
 """YAML files of settings in, and out again."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,8 @@ def read_yaml_mapping(path: str) -> dict[str, Any]:
 def write_yaml(value: dict[str, Any]) -> str:
     """`value` as YAML, in its own order and in ASCII: PyYAML reads some of the line breaks it writes back as blanks."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, width=120)
+
+
+def written(value: Any) -> str:
+    """A setting as the command line takes it: a text is itself, anything else YAML, of which JSON is a part."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import compiled
 import modelzoo
 from apps.training.config_schema import TrainConfig
+from apps.training.config_yaml import written
 from apps.training.optimizers import Optimizer
 from apps.training.optimizers import load as load_optimizer
 from backends import layers, state
@@ -153,7 +153,7 @@ def compile_command(config: TrainConfig) -> str:
     for section, default in defaults.items():
         for key, value in vars_of(getattr(config, section)).items():
             if value != getattr(default, key) and key not in _NOT_COMPILED:
-                arguments.append(f"{section}.{key}={_written(value)}")
+                arguments.append(f"{section}.{key}={written(value)}")
     arguments += ["training.deterministic=true"] if config.training.deterministic else []
     optimizer, standard = config.optimizer, type(config.optimizer)()
     arguments += [f"optimizer={optimizer.name}"] if optimizer.name != standard.name else []
@@ -166,11 +166,6 @@ def compile_command(config: TrainConfig) -> str:
 def vars_of(settings: Any) -> dict[str, Any]:
     """The fields of one section by name."""
     return {name: getattr(settings, name) for name in type(settings).__dataclass_fields__}
-
-
-def _written(value: Any) -> str:
-    """A setting as the command line takes it: a text is itself, anything else YAML, of which JSON is a part."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _graph_fields(model_config: Any) -> dict[str, Any]:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from apps.training.reporting.records import Evaluation, StepRecord
-from apps.training.steps import Position
-from apps.training.token_budget import TokenBudget
+from apps.training.steps import Position, StepCount
 
 
-def overview(
-    *, num_epochs: int, batch_size: int, num_steps: int, workers: int = 1, budget: TokenBudget | None = None
-) -> str:
-    """The block before the first step."""
+def overview(count: StepCount, *, batch_size: int, workers: int = 1) -> str:
+    """The block before the first step; what its steps follow from comes first, if they were given as tokens."""
     return "\n".join(
         [
-            *([str(budget)] if budget else []),
-            f"Number of epochs: {num_epochs:,}",
+            *([str(count.budget)] if count.budget else []),
+            f"Number of epochs: {count.num_epochs:,}",
             f"Per worker batch size: {batch_size:,}",
-            f"Per worker number of batches (steps): {num_steps:,}",
+            f"Per worker number of batches (steps): {count.total:,}",
             f"Number of DP workers: {workers:,}",
         ]
     )

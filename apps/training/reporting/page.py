@@ -55,14 +55,8 @@ class Report:
 
 def render(report: Report) -> str:
     """The whole page."""
-    tiles = "".join(
-        f'<div class="fact"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
-        for label, value in report.facts.items()
-    )
     body = [
-        f"<h1>{escape(report.title)}</h1>",
-        f'<p class="sub">{escape(report.subtitle)}</p>',
-        f'<div class="facts">{tiles}</div>',
+        *heading(report.title, report.subtitle, report.facts),
         *_charts(report),
         *_sample(report),
         f'<h2>Layers and backends</h2><div class="card"><pre class="table">{escape(report.routed_table)}</pre></div>',
@@ -70,6 +64,14 @@ def render(report: Report) -> str:
         f"<pre>{escape(report.settings)}</pre></details></div>",
     ]
     return document(report.title, body)
+
+
+def heading(title: str, subtitle: str, facts: Mapping[str, str]) -> list[str]:
+    """How a page's body begins: its title and a tile for each of `facts`, label → value."""
+    tiles = "".join(
+        f'<div class="fact"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in facts.items()
+    )
+    return [f"<h1>{escape(title)}</h1>", f'<p class="sub">{escape(subtitle)}</p>', f'<div class="facts">{tiles}</div>']
 
 
 def document(title: str, body: Sequence[str], style: str = "") -> str:
@@ -104,10 +106,16 @@ def _line(label: str, steps: Sequence[StepRecord], values: Sequence[float], styl
 
 
 def chart_card(
-    title: str, lines: Sequence[Line], *, x_label: str, y_label: str, level: tuple[str, float] | None = None
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    level: tuple[str, float] | None = None,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
 ) -> list[str]:
-    """A heading and a chart with its legend; nothing when there is nothing to draw."""
-    chart = line_chart(lines, x_label=x_label, y_label=y_label, level=level)
+    """A heading and a chart with its legend; nothing when there is nothing to draw. The rest: see `line_chart`."""
+    chart = line_chart(lines, x_label=x_label, y_label=y_label, level=level, x_ticks=x_ticks)
     if not chart:
         return []
     names = "".join(f'<i class="{line.style}">{escape(line.label)}</i>' for line in lines if len(lines) > 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import accumulate
 
@@ -19,19 +19,30 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart. `style` is a CSS class of the page: "raw", "main", "dots" (points instead of a line)."""
+    """One line of a chart. `style` is a CSS class of the page: "raw", "main", "dots" (points instead of a line).
+
+    `marked`: a dot of that class on each point of the line.
+    """
 
     label: str
     points: Points
     style: str = "main"
+    marked: bool = False
 
 
-def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, level: tuple[str, float] | None = None) -> str:
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    level: tuple[str, float] | None = None,
+    x_ticks: Sequence[tuple[float, str]] | None = None,
+) -> str:
     """The chart as an `<svg>` element. `level` is a labelled horizontal dashed line. "" when there is nothing to draw.
 
-    Points that are not finite are left out.
+    `x_ticks`: places and their texts, for an axis of logarithms or of names. Points that are not finite are left out.
     """
-    drawn = [Line(line.label, _finite(line.points), line.style) for line in lines]
+    drawn = [replace(line, points=_finite(line.points)) for line in lines]
     drawn = [line for line in drawn if line.points]
     if not drawn:
         return ""
@@ -41,7 +52,11 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, level: tupl
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)} against {escape(x_label)}">'
     ]
-    parts += _axes(frame, x_label, y_label, whole_x=all(float(x).is_integer() for x in xs))
+    if x_ticks is None:
+        whole = all(float(x).is_integer() for x in xs)  # there is no half step
+        values = nice_ticks(frame.x_low, frame.x_high, 7)
+        x_ticks = [(value, _tick(value)) for value in values if value.is_integer() or not whole]
+    parts += _axes(frame, x_ticks, x_label, y_label)
     if level:
         y = frame.y(level[1])
         parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -49,7 +64,10 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, level: tupl
             f'<text class="level" x="{WIDTH - RIGHT}" y="{y - 5:.1f}" text-anchor="end">{escape(level[0])}</text>'
         )
     for line in drawn:
-        parts += _dots(line, frame) if line.style == "dots" else [_path(line, frame)]
+        if line.style != "dots":
+            parts.append(_path(line, frame))
+        if line.style == "dots" or line.marked:
+            parts += _dots(line, frame)
     return "\n".join([*parts, "</svg>"])
 
 
@@ -93,17 +111,15 @@ class _Frame:
         return TOP + (self.y_high - value) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _axes(frame: _Frame, x_label: str, y_label: str, *, whole_x: bool) -> list[str]:
+def _axes(frame: _Frame, x_ticks: Sequence[tuple[float, str]], x_label: str, y_label: str) -> list[str]:
     parts = []
     for value in nice_ticks(frame.y_low, frame.y_high):
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
-    for value in nice_ticks(frame.x_low, frame.x_high, 7):
-        if whole_x and not value.is_integer():  # there is no half step
-            continue
+    for value, text in x_ticks:
         parts.append(
-            f'<text x="{frame.x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{_tick(value)}</text>'
+            f'<text x="{frame.x(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(text)}</text>'
         )
     middle_x, middle_y = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
     parts.append(f'<text class="label" x="{middle_x}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
@@ -120,8 +136,9 @@ def _path(line: Line, frame: _Frame) -> str:
 
 
 def _dots(line: Line, frame: _Frame) -> list[str]:
+    style = "dot" if line.style == "dots" else line.style
     return [
-        f'<circle class="dot" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="4">'
+        f'<circle class="{style}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="4">'
         f"<title>{escape(line.label)} {y:.4f} at {x:g}</title></circle>"
         for x, y in line.points
     ]

@@ -21,7 +21,7 @@ def test_the_step_line_is_the_reference_apps() -> None:
 
 
 def test_the_overview_is_the_reference_apps() -> None:
-    assert overview(num_epochs=1, batch_size=16, num_steps=2622, workers=2).splitlines() == [
+    assert overview(StepCount(2622, 2622), batch_size=16, workers=2).splitlines() == [
         "Number of epochs: 1",
         "Per worker batch size: 16",
         "Per worker number of batches (steps): 2,622",
