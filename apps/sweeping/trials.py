@@ -53,6 +53,11 @@ class Trial:
 
 def make_trials(points: Sequence[Point], given: Sequence[str], output: Path) -> list[Trial]:
     """A trial for each point, its settings checked. UserError for the first that cannot be: it names the point."""
+    for key in points[0].labels:
+        for argument in given:
+            name, _, value = argument.partition("=")
+            if name == key:
+                raise UserError(f"'{key}' is swept, and given as {value} too. Leave one of them out.")
     common = _mistake(given, output / "any")
     trials = []
     for point in points:

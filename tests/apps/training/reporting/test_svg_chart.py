@@ -62,3 +62,11 @@ def test_ticks_are_even_and_inside_the_range(low: float, span: float) -> None:
     ticks = nice_ticks(low, low + span)
     assert 2 <= len(ticks) <= 8
     assert all(low - 1e-6 * span <= tick <= low + span * (1 + 1e-6) for tick in ticks)
+
+
+def test_ticks_of_ones_own_and_marked_points() -> None:
+    line = Line("loss", [(0.0, 1.0), (1.0, 2.0)], "series1", marked=True)
+    chart = line_chart([line], x_label="model", y_label="loss", x_ticks=[(0.0, "a<b"), (1.0, "c")])
+    assert "a&lt;b</text>" in chart
+    assert chart.count('<circle class="series1"') == 2
+    assert chart.count('<polyline class="series1"') == 1
