@@ -96,21 +96,12 @@ def test_training_equals_the_eager_twin_and_leaves_frozen_weights_alone(
 
 
 @pytest.mark.slow
-def test_bfloat16_norms_the_head_and_recompute(compile_step: Compile) -> None:
-    """The gradients of one step: in bfloat16 single weights may go different ways afterwards."""
-    settings = ("model.dtype=bfloat16", "lora.r=4", "lora.train_norms=true", "compile.recompute=block", HEAD_TOO)
+def test_norms_and_the_head_train_too_and_recompute_changes_nothing(compile_step: Compile) -> None:
+    settings = ("model.dtype=float64", "lora.r=4", "lora.train_norms=true", "compile.recompute=block", HEAD_TOO)
     compiled = compile_step(*settings)
-    ours, theirs = compiled.model(), compiled.model()
-    program = compiled.program(ours)
-    twin = EagerProgram(theirs, optimizer="adamw", precision=compiled.plan.precision)
-    batch = [compiled.batch(1, 0.7, of=20)]
-    mine, other = program.gradients(batch), twin.gradients(batch)
-    assert mine.keys() == other.keys()
-    assert {"model.norm.weight", "lm_head.lora_A"} <= mine.keys()
-    assert max(distance(mine[name], other[name]) for name in mine) < 3e-2
-    result = program.train_step(batch, compiled.hyperparameters(ours, 1), 1.0)
-    assert result.loss.item() == pytest.approx(twin.evaluate(batch[0]).item(), rel=1e-2)
-    assert all(f"{name}.master" in program.optimizer_state() for name in mine)
+    trained = {name for name, each in compiled.model().named_parameters() if each.requires_grad}
+    assert {"model.norm.weight", "lm_head.lora_A"} <= trained
+    assert_follows_the_twin(compiled, clip=1.0, microbatches=2)
 
 
 @pytest.mark.slow
