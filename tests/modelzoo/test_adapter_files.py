@@ -19,6 +19,7 @@ from tests.modelzoo.llamas import llama_config, relative_error, twins
 
 # peft asks transformers by an old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+CLOSE = 2e-6  # peft keeps A and B, and transformers its norms, in float32
 IDS = torch.arange(14).reshape(2, 7)
 
 
@@ -30,7 +31,6 @@ def updated(**options: Any) -> tuple[LlamaForCausalLM, ZooLlamaForCausalLM]:
     with torch.no_grad():
         for tensor in trained_parameters(ours).values():
             tensor.add_(torch.randn_like(tensor) * 0.2)
-            tensor.copy_(tensor.float())  # peft reads A and B as float32
     return theirs, ours
 
 
@@ -44,12 +44,12 @@ def test_peft_opens_it_on_the_plain_model_and_gives_the_same_logits(options: dic
     theirs, ours = updated(**options)
     plain = theirs(IDS).logits
     save_adapter(ours, tmp_path / "adapter")
-    opened = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").double().eval()
-    assert relative_error(opened(IDS).logits, ours(IDS).logits) < 1e-12
+    opened = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    assert relative_error(opened(IDS).logits, ours(IDS).logits) < CLOSE
     assert relative_error(plain, ours(IDS).logits) > 1e-2
     merged = opened.merge_and_unload()
     merge_lora(ours)
-    assert relative_error(merged(IDS).logits, ours(IDS).logits) < 1e-12
+    assert relative_error(merged(IDS).logits, ours(IDS).logits) < CLOSE
 
 
 def test_an_adapter_that_peft_wrote_is_read(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_an_adapter_that_peft_wrote_is_read(tmp_path: Path) -> None:
     add_lora(ours, adapter.r, adapter.alpha, adapter.layers)
     load_lora(ours, adapter.read())
     assert len(lora_layers(ours)) == 4
-    assert relative_error(ours(IDS).logits, trained.eval()(IDS).logits) < 1e-6  # peft keeps A and B in float32
+    assert relative_error(ours(IDS).logits, trained.eval()(IDS).logits) < CLOSE
 
 
 def test_the_files_are_laid_out_as_peft_documents(tmp_path: Path) -> None:
