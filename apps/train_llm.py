@@ -116,7 +116,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     free = available_memory(str(device), workers.local_world_size)
     require_memory(memory, free, str(device))
     require_room(output, memory.parameters)
-    print(f"Model: {plan.model_name}, {plan.num_parameters:,} parameters; dtypes: {plan.precision.table()}")
+    print(f"Model: {plan.model_name}, {plan.parameters_text}; dtypes: {plan.precision.table()}")
     print(plan.routing.table())
     print(f"Step: {artifact.path if artifact else 'eager, without an artifact'}")
     print(f"Device: {describe(device)}; about {memory} needed, {gibibytes(free)} free", flush=True)

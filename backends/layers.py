@@ -28,6 +28,10 @@ class BackendLinear(Stateful, nn.Linear):
     compute_dtype: torch.dtype | None = None
     # Shapes of what the layer stores instead of weight and bias, which are then None.
     stored: Mapping[str, tuple[int, ...]] | None = None
+    # α of a low-rank update (backends/lora.py); the layer then has lora_A [r, in] and lora_B [out, r] too.
+    lora_alpha: float | None = None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -58,20 +62,35 @@ class BackendLinear(Stateful, nn.Linear):
         x, backend = _cast(x, self.compute_dtype), self.backend
         weight: Any
         if self.stored is None:
-            weight = _cast(self.weight, self.compute_dtype)
+            weight = self.effective_weight()
             bias = None if self.bias is None else _cast(self.bias, self.compute_dtype)
         else:
             weight, bias = {name: _cast(getattr(self, name), self.compute_dtype) for name in self.stored}, None
         y = self.call_with_state(lambda state: backend.linear(x, weight, bias, state, training=self.training))
         return _of_shape(y, (*x.shape[:-1], self.out_features), backend, "linear")
 
+    def effective_weight(self) -> Tensor:
+        """W, or W + α/r · B A with the sum made in at least float32: one matrix [out, in] in the compute dtype."""
+        if self.lora_alpha is None:
+            return _cast(self.weight, self.compute_dtype)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        update = self.lora_B.to(wide) @ self.lora_A.to(wide)
+        scale = self.lora_alpha / self.lora_A.shape[0]
+        return (self.weight.to(wide) + scale * update).to(self.compute_dtype or self.weight.dtype)
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, backend={self.backend}"
+        rank = "" if self.lora_alpha is None else f", lora={self.lora_A.shape[0]}"
+        return f"{super().extra_repr()}, backend={self.backend}{rank}"
 
     def _store_parameters_of(self, backend: Backend) -> None:
         shapes = backend.parameter_spec(self.in_features, self.out_features, self.bias is not None)
         if shapes is None:
             return
+        if self.lora_alpha is not None:
+            raise UserError(
+                f"This layer has a low-rank update (LoRA) of its weight, and backend {backend} stores "
+                f"{', '.join(shapes)} instead of a weight. Merge the update first, or use another backend."
+            )
         bias = None if self.bias is None else self.bias.detach()
         tensors = backend.initial_parameters(self.weight.detach(), bias)
         made = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -61,6 +61,7 @@ def build(
         "schedule": schedule.to_json(),
         "optimizer": {"state": list(optimizer.state_names), "hyperparameters": list(optimizer.hyperparameter_names)},
         "parameters": sum(parameter.numel() for _, parameter in model.named_parameters()),
+        "trained_parameters": sum(each.numel() for _, each in model.named_parameters() if each.requires_grad),
         "cost": step_cost(specs, schedule, spec),
         "compile_seconds": round(time.perf_counter() - started, 2),
     }

@@ -6,7 +6,7 @@ forward input is taken from where it already lies, and only true activations lea
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,9 @@ def capture_stage(
         return capture_function(f"{name}_forward", forward, inputs, outputs), None
     joint = lowering.trace_joint(forward, list(inputs.values()))
     forward_graph, backward_graph = lowering.split_joint(joint, len(outputs))
-    return _name_crossing(name, forward_graph, backward_graph, inputs, outputs)
+    return _name_crossing(
+        name, forward_graph, backward_graph, inputs, outputs, {slot.local for slot in stage.parameters}
+    )
 
 
 _VIEWS = {
@@ -134,41 +136,76 @@ def _view_chain(node: Node) -> list[Node]:
     return chain[::-1] if node.op == "placeholder" else []
 
 
-def _move_views_to_backward(forward: GraphModule, backward: GraphModule, saved: Sequence[Node]) -> None:
-    """A transposed weight is not an activation: let the backward take the forward's input and view it again."""
+def _made_of_parameters(forward: GraphModule, parameters: set[str]) -> set[Node]:
+    """Nodes that products and sums of parameters alone give: a weight with its low-rank update, W + B A."""
+    alone: set[Node] = set()
+    products: set[Node] = set()
+    for node in forward.graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "placeholder" and node.name in parameters:
+            alone.add(node)
+        elif node.op == "call_function" and inputs and alone.issuperset(inputs):
+            alone.add(node)
+            if node.target is torch.ops.aten.mm.default or not products.isdisjoint(inputs):
+                products.add(node)
+    return products
+
+
+def _redone(node: Node, made_of_parameters: set[Node]) -> list[Node]:
+    """What the backward does again rather than be given `node`, in order; empty for an activation."""
+    if node not in made_of_parameters:
+        return _view_chain(node)
+    behind = {node}
+    for earlier in reversed(list(node.graph.nodes)):
+        if earlier in behind:
+            behind.update(earlier.all_input_nodes)
+    return [each for each in node.graph.nodes if each in behind and each.op != "placeholder"]
+
+
+def _redo_in_backward(backward: GraphModule, redone: Mapping[Node, list[Node]]) -> None:
+    """A transposed weight is no activation, nor is one made of parameters: let the backward take the forward's inputs
+    and make it again."""
     placeholders = {node.name: node for node in backward.graph.nodes if node.op == "placeholder"}
     body = next(node for node in backward.graph.nodes if node.op != "placeholder")
-    for node in saved:
-        chain = _view_chain(node)
-        if not chain:
-            continue
-        source: Node = chain[0].args[0]  # type: ignore[assignment]
+    copies: dict[Node, Node] = {}
+    for node, steps in redone.items():
         target = placeholders[node.name]
-        if source.name not in placeholders:
-            with backward.graph.inserting_before(target):
-                placeholders[source.name] = backward.graph.node_copy(source)
-        moved = {source: placeholders[source.name]}
-        with backward.graph.inserting_before(body):
-            for view in chain:
-                moved[view] = backward.graph.node_copy(view, moved.__getitem__)
-        target.replace_all_uses_with(moved[node])
+        for step in steps:
+            for source in step.all_input_nodes:
+                if source.op == "placeholder" and source not in copies:
+                    if source.name not in placeholders:
+                        with backward.graph.inserting_before(target):
+                            placeholders[source.name] = backward.graph.node_copy(source)
+                    copies[source] = placeholders[source.name]
+            if step not in copies:
+                with backward.graph.inserting_before(body):
+                    copies[step] = backward.graph.node_copy(step, copies.__getitem__)
+        target.replace_all_uses_with(copies[node])
         backward.graph.erase_node(target)
     backward.recompile()
 
 
 def _name_crossing(
-    name: str, forward: GraphModule, backward: GraphModule, inputs: dict[str, Tensor], outputs: list[str]
+    name: str,
+    forward: GraphModule,
+    backward: GraphModule,
+    inputs: dict[str, Tensor],
+    outputs: list[str],
+    parameters: set[str],
 ) -> tuple[Captured, Captured]:
     """Name every tensor that crosses from forward to backward, and drop those that need not leave the forward."""
     placeholders = [node.name for node in forward.graph.nodes if node.op == "placeholder"]
     source_of = dict(zip(placeholders, inputs, strict=True))
     results = _output_nodes(forward)
     kept, saved = results[: len(outputs)], results[len(outputs) :]
-    _move_views_to_backward(forward, backward, saved)
+    names = {placeholder for placeholder, label in source_of.items() if label in parameters}
+    weights = _made_of_parameters(forward, names)
+    redone = {node: steps for node in saved if (steps := _redone(node, weights))}
+    _redo_in_backward(backward, redone)
     saved_names: dict[Node, str] = {}
     crossing = dict(source_of)
     for node in saved:
-        if node.op == "placeholder" or _view_chain(node):
+        if node.op == "placeholder" or node in redone:
             continue
         if node in kept:
             crossing[node.name] = outputs[kept.index(node)]

@@ -163,7 +163,7 @@ class CompiledProgram:
             is_last = number == len(microbatches)
 
             def keep(group: int, gradients: Gradients, is_last: bool = is_last) -> None:
-                if group in gathered:
+                if gradients and group in gathered:  # none where all of a group is frozen
                     torch._foreach_add_(list(gathered[group].values()), list(gradients.values()))
                 elif not is_last:
                     gathered[group] = {name: gradient.to(_wide(gradient)) for name, gradient in gradients.items()}

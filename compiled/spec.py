@@ -8,7 +8,7 @@ enter the compiled step as tensors or happen between regions, so one artifact se
 import hashlib
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class StepSpec:
     device: dict[str, Any]
     versions: dict[str, str]
     deterministic: bool = True  # every run gives the same bits; on a CPU always
+    lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha, layers and norms; empty: every weight is trained
 
     def to_json(self) -> dict[str, Any]:
         # through JSON once, so that a spec just made compares equal to one read from a file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from backends.precision import as_torch
+from backends.seeding import generator_of
 from backends.state import reset_state
 from modelzoo.configuration_transformer import ConfigurationTransformer
 
@@ -77,9 +77,7 @@ def _initial_values(model: PreTrainedModel, name: str, shape: tuple[int, ...], s
         return torch.ones(shape)
     if attribute == "bias":
         return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
-    values = torch.empty(shape).normal_(0.0, model.config.initializer_range, generator=generator)
+    values = torch.empty(shape).normal_(0.0, model.config.initializer_range, generator=generator_of(seed, name))
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         values[module.padding_idx] = 0.0
     return values

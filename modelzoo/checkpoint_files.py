@@ -43,7 +43,7 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """
     for single, index in SINGLE_AND_INDEX:
         if (folder / single).is_file():
-            return _open_file(folder / single)
+            return open_file(folder / single)
         if (folder / index).is_file():
             return _open_shards(folder / index)
     names = ", ".join(name for pair in SINGLE_AND_INDEX for name in pair)
@@ -61,7 +61,7 @@ def _open_shards(index: Path) -> dict[str, StoredTensor]:
         )
     stored: dict[str, StoredTensor] = {}
     for name in files:
-        stored.update(_open_file(index.parent / name))
+        stored.update(open_file(index.parent / name))
     lacking = [f"{tensor} (in {file})" for tensor, file in weight_map.items() if tensor not in stored]
     if lacking:
         raise UserError(
@@ -81,7 +81,7 @@ def _read_weight_map(index: Path) -> Mapping[str, str]:
         ) from error
 
 
-def _open_file(file: Path) -> dict[str, StoredTensor]:
+def open_file(file: Path) -> dict[str, StoredTensor]:
     try:
         return _open_safetensors(file) if file.suffix == ".safetensors" else _open_bin(file)
     except UserError:

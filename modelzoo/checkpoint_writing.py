@@ -8,6 +8,8 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +58,35 @@ def save_model(
     beside `folder`, flushed to the disk and then exchanged for it: until then an earlier checkpoint there is untouched.
     Other files in the folder stay. Raises UserError when it cannot be written.
     """
+    with written_beside(folder, "checkpoint") as new:
+        save_configs(model, new, tokenizer)
+        _write_weights(model, new, max_shard_size)
+    return Path(folder).expanduser().resolve()
+
+
+@contextmanager
+def written_beside(folder: str | Path, what: str) -> Iterator[Path]:
+    """A new folder beside `folder`, whose files take the place of those of the same name there when all is written.
+
+    UserError when it cannot be written; then, and after any other error, `folder` is as it was.
+    """
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
-        raise UserError(f"'{folder}' is a file. Expected a folder to save the checkpoint to.")
+        raise UserError(f"'{folder}' is a file. Expected a folder to save the {what} to.")
     new = target.parent / f".tmp-{secrets.token_hex(4)}-{target.name}"
     try:
         new.mkdir(parents=True)
-        save_configs(model, new, tokenizer)
-        _write_weights(model, new, max_shard_size)
+        yield new
         _flush(new)
         _exchange(new, target)
         sync(target.parent)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk with an error of its own
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"Cannot save the checkpoint to '{folder}': {reason}. Make room, or choose another folder."
+            f"Cannot save the {what} to '{folder}': {reason}. Make room, or choose another folder."
         ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return target
 
 
 def save_configs(model: PreTrainedModel, folder: Path, tokenizer: str | Path | Any | None = None) -> None:

@@ -27,6 +27,10 @@ KNOWN_ELSEWHERE = {
     "fp32_logits": "model.logits_dtype",
     "fp32_skip_add": "model.residual_dtype",
     "mixedp_attn": "model.compute_dtype",
+    "use_lora": "lora.r",
+    "lora_r": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "target_modules": "lora.match",
 }
 
 

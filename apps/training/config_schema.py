@@ -146,6 +146,16 @@ class BackendConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    r: int = setting(0, "rank of trained updates W + alpha/r B A of frozen weights; 0: train the weights", at_least=0)
+    alpha: float = setting(32.0, "scale of the updates: alpha / r", above=0)
+    match: list[str] | None = setting(None, "layers: names (q_proj) and globs; null: every linear of the blocks")
+    train_norms: bool = setting(False, "train the norms too")
+    adapter: str | None = setting(None, "start from a folder in PEFT's format; r, alpha and layers are its own")
+    merge: bool = setting(True, "write the model with its updates merged, not the adapter alone")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     every: int = setting(1, "print a line every so many steps", at_least=1)
     progress: Literal["auto", "on", "off"] = setting("auto", "live progress line; auto: on a terminal")
@@ -165,6 +175,7 @@ class TrainConfig:
     compile: CompileConfig = field(default_factory=CompileConfig)
     run: RunConfig = field(default_factory=RunConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     extra: dict[str, Any] = field(default_factory=dict, metadata={"free": True})  # +new.key=value, nested by the dots
 

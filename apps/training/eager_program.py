@@ -49,7 +49,7 @@ class EagerProgram:
         self.reducer: Reducer = reducer or OneWorker()
         self.reducer.assign([sum(parameter.nbytes for parameter in model.parameters())])
         assert not self.reducer.shards, "the eager twin keeps its optimizer state whole"
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
         self.logits_dtype = as_torch(precision.logits)
         self.moments_dtype = as_torch(precision.moments)
         self.has_masters = precision.master != "none"
@@ -69,7 +69,7 @@ class EagerProgram:
         self.optimizer = torch.optim.AdamW(
             [{"params": [self.weights[name] for name in names]} for names in self.groups], fused=True
         )
-        self.row_of = {name: row for row, name in enumerate(self.parameters)}
+        self.row_of = {name: row for row, (name, _) in enumerate(model.named_parameters())}
 
     def train_step(
         self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None

@@ -36,20 +36,28 @@ class MemoryEstimate:
 
 
 def estimate(
-    num_parameters: int, precision: PrecisionPolicy, *, state_tensors: int, activations: int, wide_gradients: bool
+    num_parameters: int,
+    precision: PrecisionPolicy,
+    *,
+    state_tensors: int,
+    activations: int,
+    wide_gradients: bool,
+    num_trained: int | None = None,
 ) -> MemoryEstimate:
     """The peak of a run that holds `activations` bytes between forward and backward.
 
+    `num_trained`: how many of the parameters have a gradient and optimizer state (None: all).
     `state_tensors`: tensors of optimizer state for each parameter. `wide_gradients`: they are summed in at least
     float32 (over microbatches, or for masters) rather than kept in the parameters' dtype.
     """
     width = {name: BITS[dtype] // 8 for name, dtype in asdict(precision).items() if dtype != "none"}
     gradient = max(width["parameters"], 4) if wide_gradients else width["parameters"]
+    trained = num_parameters if num_trained is None else num_trained
     return MemoryEstimate(
         parameters=num_parameters * width["parameters"],
-        masters=num_parameters * width.get("master", 0),
-        moments=num_parameters * width["moments"] * state_tensors,
-        gradients=num_parameters * gradient,
+        masters=trained * width.get("master", 0),
+        moments=trained * width["moments"] * state_tensors,
+        gradients=trained * gradient,
         activations=activations,
     )
 
@@ -65,13 +73,14 @@ def compiled_estimate(
         state_tensors=len(manifest["optimizer"]["state"]),
         activations=cost["activation_bytes"] + cost["head_bytes"],
         wide_gradients=several_microbatches,
+        num_trained=manifest["trained_parameters"],
     )
 
 
-def of_one_worker(whole: MemoryEstimate, num_parameters: int, world_size: int, *, shards: bool) -> MemoryEstimate:
+def of_one_worker(whole: MemoryEstimate, num_trained: int, world_size: int, *, shards: bool) -> MemoryEstimate:
     """What one of several workers holds: gradients are summed in at least float32; ZeRO-1 shares masters and moments.
 
-    Shares are whole blocks: the largest is at least 1 / `world_size`.
+    `num_trained`: parameters that have gradients. Shares are whole blocks: the largest is at least 1 / `world_size`.
     """
     if world_size == 1:
         return whole
@@ -80,14 +89,20 @@ def of_one_worker(whole: MemoryEstimate, num_parameters: int, world_size: int, *
         whole,
         masters=whole.masters // part,
         moments=whole.moments // part,
-        gradients=max(whole.gradients, num_parameters * 4),
+        gradients=max(whole.gradients, num_trained * 4),
     )
 
 
-def with_snapshot(needed: MemoryEstimate, world_size: int, *, shards: bool) -> MemoryEstimate:
-    """`needed` and a copy of what this worker saves: its share of the weights and of the optimizer's state."""
+def with_snapshot(
+    needed: MemoryEstimate, world_size: int, *, shards: bool, saved_weights: int | None = None
+) -> MemoryEstimate:
+    """`needed` and a copy of what this worker saves: its share of the weights and of the optimizer's state.
+
+    `saved_weights`: bytes of the weights that are saved (None: of all parameters).
+    """
     state = needed.masters + needed.moments
-    return replace(needed, snapshot=needed.parameters // world_size + (state if shards else state // world_size))
+    weights = needed.parameters if saved_weights is None else saved_weights
+    return replace(needed, snapshot=weights // world_size + (state if shards else state // world_size))
 
 
 def eager_activations(model_config: Any, precision: PrecisionPolicy, *, batch_size: int, seq_length: int) -> int:

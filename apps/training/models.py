@@ -9,12 +9,13 @@ import torch
 
 import modelzoo
 from apps.training.config_schema import TrainConfig
+from apps.training.lora import add_updates
 from apps.training.progress import Progress
 from backends.routing import route
 
 
 def load_weights(config: TrainConfig, model_config: Any, device: torch.device) -> Any:
-    """The model of `model_config` on `device`, every layer given its backend. Raises UserError for a bad checkpoint."""
+    """The model of `model_config` on `device`, every layer given its backend and update. UserError for a bad folder."""
     folder = config.checkpoint.model_name_or_path
     if folder is None:
         model = modelzoo.build_model(model_config, device=device, dtype=config.model.dtype, seed=config.training.seed)
@@ -24,6 +25,7 @@ def load_weights(config: TrainConfig, model_config: Any, device: torch.device) -
                 folder, model_config, device=device, dtype=config.model.dtype, progress=_moves(progress)
             )
     route(model, config.backend.rules, config.backend.default)
+    add_updates(config.lora, model, config.training.seed)
     return model
 
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import modelzoo
+from apps.training.checkpointing.static_files import static_files
 from apps.training.config import to_yaml
 from apps.training.config_schema import TrainConfig
 from apps.training.data.storage import Dataset
 from apps.training.files import atomic_path
+from apps.training.lora import save_trained
 from apps.training.reporting import page
 from apps.training.reporting.lines import unigram_line
 from apps.training.reporting.loss_plot import write_loss_plot
@@ -53,8 +54,7 @@ def save_outcome(
     output: Path, outcome: Outcome, model: Any, dataset: Dataset, config: TrainConfig, *, sample: bool
 ) -> None:
     """Write everything into `output`, the checkpoint first, and say where it lies. `sample`: a text of its own too."""
-    modelzoo.save_model(model, output, tokenizer=dataset.tokenizer_folder)
-    print(f"Checkpoint saved at {output}/")
+    save_trained(model, output, dataset.tokenizer_folder, config)
 
     entropy = dataset.dev_unigram_cross_entropy or dataset.unigram_entropy
     if entropy is not None:
@@ -68,7 +68,7 @@ def save_outcome(
             rows=dataset.dev or dataset.train,
             seed=config.training.seed,
         )
-    parameters = json.loads((output / "config.json").read_text(encoding="utf-8"))
+    parameters = json.loads(static_files(model, dataset.tokenizer_folder)["config.json"])
     summary = summary_text(
         outcome.overview, outcome.steps, outcome.last_evaluation, entropy, outcome.routed_table, parameters
     )

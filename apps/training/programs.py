@@ -116,8 +116,10 @@ def run_memory(
             state_tensors=len(plan.optimizer.state_names),
             activations=eager_activations(plan.model_config, precision, batch_size=batch_size, seq_length=length),
             wide_gradients=several or BITS[precision.parameters] < BITS["float32"],
+            num_trained=plan.num_trained,
         )
-    mine = of_one_worker(whole, num_parameters, world_size, shards=training.shard_optimizer)
+    mine = of_one_worker(whole, plan.num_trained, world_size, shards=training.shard_optimizer)
     if config.checkpoint.save and plan.spec.device["kind"] == "cpu":  # a GPU's goes to the host, which has more
-        return with_snapshot(mine, world_size, shards=training.shard_optimizer)
+        saved = plan.num_trained * BITS[precision.parameters] // 8 if plan.lora is not None else None
+        return with_snapshot(mine, world_size, shards=training.shard_optimizer, saved_weights=saved)
     return mine

@@ -17,12 +17,15 @@ import compiled
 import modelzoo
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import written
+from apps.training.lora import add_updates, spec_fields
 from apps.training.optimizers import Optimizer
 from apps.training.optimizers import load as load_optimizer
-from backends import layers, state
+from backends import layers, lora, state
 from backends.errors import UserError
+from backends.lora import Lora
 from backends.precision import PrecisionPolicy
 from backends.routing import Plan, route
+from backends.routing_table import shorten
 from compiled.spec import StepSpec, describe_device, describe_versions
 
 DEFAULT_MODEL = "demo"
@@ -33,7 +36,7 @@ _NOT_IN_GRAPH = frozenset(
     "problem_type chunk_size_feed_forward is_encoder_decoder pretraining_tp attention_dropout".split()
 )
 # Settings of the sections above that an artifact does not depend on, or that are written out anyway.
-_NOT_COMPILED = ("max_seq_length", "verbose", "debug", "workers", "calibrate_steps")
+_NOT_COMPILED = ("max_seq_length", "verbose", "debug", "workers", "calibrate_steps", "merge")
 # Bytes of float32 logits a chunk of the loss may take: small enough to stay near the processor, large enough for its
 # products.
 _LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
@@ -47,6 +50,7 @@ class StepPlan:
     model_config: Any
     model: Any
     routing: Plan
+    lora: Lora | None
     precision: PrecisionPolicy
     optimizer: Optimizer
     spec: StepSpec
@@ -65,6 +69,23 @@ class StepPlan:
             "N_non_embedding": self.num_parameters - sum(table.numel() for table in tables),
         }
 
+    @property
+    def num_trained(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    @property
+    def parameters_text(self) -> str:
+        """How many parameters, and what trains them when it is not all."""
+        text = f"{self.num_parameters:,} parameters"
+        if self.lora is None:
+            return text
+        layers = ", ".join(shorten(self.lora.layers))
+        norms = " and the norms" if self.lora.train_norms else ""
+        return (
+            f"{text}, {self.num_trained:,} of them trained: LoRA of rank {self.lora.r}, alpha {self.lora.alpha:g}, "
+            f"in {len(self.lora.layers)} layers ({layers}){norms}"
+        )
+
 
 def plan_step(config: TrainConfig) -> StepPlan:
     """Read the model's config (never its weights), route it, and say what the step is compiled for."""
@@ -72,6 +93,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
     name, model_config = read_model_config(config)
     model = modelzoo.build_meta(model_config, dtype=config.model.dtype)
     routing = route(model, config.backend.rules, config.backend.default)
+    updates = add_updates(config.lora, model, config.training.seed)
     optimizer = load_optimizer(config.optimizer.name)
     tokens = config.training.batch_size * config.model.max_seq_length
     spec = StepSpec(
@@ -88,8 +110,9 @@ def plan_step(config: TrainConfig) -> StepPlan:
         device=describe_device(kind),
         versions=describe_versions(kind) | {"source": _source_fingerprint()},
         deterministic=kind == "cpu" or config.training.deterministic,
+        lora=spec_fields(updates),
     )
-    return StepPlan(name, model_config, model, routing, config.precision, optimizer(), spec)
+    return StepPlan(name, model_config, model, routing, updates, config.precision, optimizer(), spec)
 
 
 def device_kind(arch: str) -> str:
@@ -141,7 +164,8 @@ def head_chunks(asked: int | None, tokens: int, vocab_size: int, kind: str) -> i
 
 def compile_command(config: TrainConfig) -> str:
     """The command that compiles the artifact this run needs, ready to paste."""
-    defaults = {"model": type(config.model)(), "compile": type(config.compile)(), "backend": type(config.backend)()}
+    sections = ("model", "compile", "backend", "lora")
+    defaults = {section: type(getattr(config, section))() for section in sections}
     arguments = ["command=compile"]
     for key in ("config_name", "model_name_or_path"):
         if getattr(config.checkpoint, key) is not None:
@@ -177,8 +201,6 @@ def _graph_fields(model_config: Any) -> dict[str, Any]:
 
 def _routing_fields(routing: Plan) -> dict[str, Any]:
     """Layers by backend, whatever the rules were called that put them there."""
-    from backends.routing_table import shorten
-
     layers: dict[str, list[str]] = {}
     fingerprints = {}
     for row in routing.routes:
@@ -201,7 +223,7 @@ def _source_fingerprint() -> str:
     """
     folders = [Path(module.__path__[0]) for module in (modelzoo, compiled)]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    files += [Path(str(module.__file__)) for module in (layers, state)]
+    files += [Path(str(module.__file__)) for module in (layers, lora, state)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -21,6 +21,7 @@ from backends.routing import route
 from compiled.artifact import Artifact, open_artifact
 from compiled.build import build
 from compiled.program import CompiledProgram
+from tests.compiled.step_worker import add_random_updates
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Compiled:
     def model(self, seed: int = 1) -> Any:
         model = modelzoo.build_model(self.plan.model_config, dtype=self.plan.precision.parameters, seed=seed)
         route(model, self.rules)
+        if self.plan.lora is not None:
+            add_random_updates(model, self.plan.lora)
         return model.train()
 
     def program(self, model: Any) -> CompiledProgram:

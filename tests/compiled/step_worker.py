@@ -17,8 +17,10 @@ from apps.training.config import parse
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.step_plan import StepPlan, plan_step
 from apps.training.workers.reducer import GradientReducer
+from backends.lora import Lora, add_lora, lora_layers
 from backends.precision import as_torch
 from backends.routing import route
+from backends.seeding import generator_of
 from compiled.artifact import open_artifact
 from compiled.program import CompiledProgram
 from compiled.reduction import Reducer
@@ -49,11 +51,21 @@ def share(batch: dict[str, Tensor], rank: int, world_size: int, accumulation: in
     return parts[rank * accumulation : (rank + 1) * accumulation]
 
 
+def add_random_updates(model: Any, lora: Lora) -> None:
+    """Updates with a B that is not zero: every formula shows."""
+    add_lora(model, lora.r, lora.alpha, lora.layers, train_norms=lora.train_norms)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.lora_B.normal_(0.0, 0.1, generator=generator_of(1, name))
+
+
 def build(settings: list[str], artifact: str, reducer: Reducer) -> tuple[StepPlan, Any, CompiledProgram]:
     config = parse(settings)
     plan = plan_step(config)
     model = modelzoo.build_model(plan.model_config, dtype=plan.precision.parameters, seed=1).train()
     route(model, config.backend.rules)
+    if plan.lora is not None:
+        add_random_updates(model, plan.lora)
     moments = as_torch(plan.precision.moments)
     opened = open_artifact(Path(artifact))
     return plan, model, CompiledProgram(opened, model, moments_dtype=moments, master_dtype=None, reducer=reducer)

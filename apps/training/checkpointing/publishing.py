@@ -64,7 +64,8 @@ class Publisher:
     ) -> dict[str, FileFacts]:
         """Write all that is no tensor: configs and tokenizer, the weights' index, the state, the steps so far."""
         texts = dict(self.static)
-        if len(set(snapshot.weight_map.values())) > 1:
+        files = set(snapshot.weight_map.values())
+        if len(files) > 1 and all(name.startswith("model-") for name in files):
             index = {"metadata": {"total_size": snapshot.weight_bytes}, "weight_map": snapshot.weight_map}
             texts["model.safetensors.index.json"] = _json(index)
         stored = {"step": snapshot.step, "world_size": self.world_size, "state": dict(state)}

@@ -21,7 +21,14 @@ from apps.training.checkpointing.manifest import (
     newest_complete,
     read_manifest,
 )
-from apps.training.checkpointing.shares import buffers_of, optimizer_file, weights_of
+from apps.training.checkpointing.shares import (
+    buffers_of,
+    fingerprint,
+    frozen_of,
+    optimizer_file,
+    weight_stem,
+    weights_of,
+)
 from apps.training.reporting.records import Evaluation, StepRecord
 from backends.errors import UserError
 
@@ -76,10 +83,20 @@ class Checkpoint:
         """Every evaluation so far."""
         return [Evaluation(**each) for each in self._stored["evaluations"]]
 
+    def require_base(self, model: nn.Module) -> None:
+        """UserError when low-rank updates were trained on other weights than `model`'s frozen ones."""
+        frozen, stored = frozen_of(model), self.state.get("base")
+        if frozen and fingerprint(frozen) != stored:
+            raise UserError(
+                f"The frozen weights are not those that the checkpoint {self.path} was trained with: the base model "
+                "has changed since. Give the same weights in checkpoint.model_name_or_path."
+            )
+
     @torch.no_grad()
     def load_weights(self, model: nn.Module) -> None:
         """Copy the weights into `model`'s, in place. Raises UserError when a name, shape or dtype is not the same."""
-        files = [name for name in self._files if name.startswith("model") and name.endswith(".safetensors")]
+        stem = weight_stem(model)
+        files = [name for name in self._files if name.startswith(stem) and name.endswith(".safetensors")]
         self._copy_into(weights_of(model), _Tensors.open([self.path / name for name in files]), "weight")
 
     def load_optimizer(self, program: TakesOptimizerState) -> None:

@@ -28,6 +28,7 @@ FREE = {
     "compile.verbose",
     "compile.debug",
     "compile.workers",
+    "lora.merge",
     "training.output_dir",
     "training.overwrite_output_dir",
     "training.resume",
@@ -50,7 +51,7 @@ OF_ONE_START = (
     "training.resume",
     "training.worker_timeout",
 )
-NEVER_OTHERS = ("model", "optimizer", "precision")
+NEVER_OTHERS = ("model", "optimizer", "precision", "lora")
 
 
 def save_folder(config: TrainConfig) -> Path:
@@ -84,8 +85,8 @@ def require_same_run(
 ) -> None:
     """UserError with a table when the checkpoint's `state["run"]` is another run than `run_now`.
 
-    Both hold model, optimizer and precision, which never may differ, and seed, dataset, global_batch_size …, which may
-    with `overwrite_config`: mappings and plain values.
+    Both hold model, optimizer, precision and lora, which never may differ, and seed, dataset, global_batch_size …,
+    which may with `overwrite_config`: mappings and plain values.
     """
     stored, now = _flat(state["run"]), _flat(json.loads(json.dumps(dict(run_now))))
     names = [name for name in {**stored, **now} if stored.get(name, "–") != now.get(name, "–")]

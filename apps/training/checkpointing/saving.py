@@ -15,12 +15,14 @@ from torch import nn
 from apps.training.checkpointing.publishing import clean, remove_later, require_no_later
 from apps.training.checkpointing.reading import Checkpoint, open_checkpoint
 from apps.training.checkpointing.resume import require_same_run, save_folder
+from apps.training.checkpointing.shares import fingerprint, frozen_of, weights_of
 from apps.training.checkpointing.static_files import static_files
 from apps.training.checkpointing.writer import CheckpointWriter
 from apps.training.config import to_mapping
 from apps.training.config_schema import TrainConfig
 from apps.training.data.storage import Dataset
 from apps.training.files import require_writable
+from apps.training.lora import is_on
 from apps.training.optimizers import load as load_optimizer
 from apps.training.outcome import Outcome
 from apps.training.reporting.output_folder import require_room
@@ -40,6 +42,7 @@ def run_identity(config: TrainConfig, plan: StepPlan, dataset: Dataset, rows_per
         "optimizer": {"name": config.optimizer.name},
         "precision": spec.precision,
         "routing": spec.routing,
+        "lora": spec.lora,
         "seed": config.training.seed,
         "dataset": f"{dataset.num_train_rows} rows, metadata {hashlib.sha256(rows).hexdigest()[:12]}",
         "global_batch_size": rows_per_step,
@@ -63,6 +66,7 @@ class Resumed:
         """Put the state after update `step` into place."""
         if self.checkpoint is None:
             return
+        self.checkpoint.require_base(model)
         self.checkpoint.load_weights(model)
         self.checkpoint.load_optimizer(program)
         self.checkpoint.load_buffers(model, rank)
@@ -96,17 +100,19 @@ class Saver:
         self.workers = workers
         self.is_first, self.overwrite = workers.is_first, config.training.overwrite_output_dir
         self.folder, self.settings = save_folder(config), config.checkpoint
-        self.state = {"settings": to_mapping(config), "run": dict(identity)}
+        self.state: dict[str, Any] = {"settings": to_mapping(config), "run": dict(identity)}
         self._saved_step = 0
         self._failure: UserError | None = None
         self._writer: CheckpointWriter | None = None
         if config.checkpoint.save:
+            if workers.is_first and (frozen := frozen_of(model)):
+                self.state["base"] = fingerprint(frozen)
             self._writer = CheckpointWriter(
                 self.folder,
                 rank=workers.rank,
                 world_size=workers.world_size,
                 keep=config.checkpoint.keep,
-                static=static_files(model, tokenizer) if workers.is_first else {},
+                static=static_files(model, tokenizer) if workers.is_first and not is_on(config.lora) else {},
                 sharded_optimizer=config.training.shard_optimizer,
             )
 
@@ -117,7 +123,7 @@ class Saver:
         moments = len(load_optimizer(self.config.optimizer.name).state_names)
         bits = BITS[precision.parameters] + moments * BITS[precision.moments]
         bits += 0 if precision.master == "none" else BITS[precision.master]
-        return sum(parameter.numel() for parameter in self.model.parameters()) * bits // 8
+        return sum(weight.numel() for weight in weights_of(self.model).values()) * bits // 8
 
     def start(self, resumed_step: int) -> None:
         """Make sure that checkpoints can be written; take away what a killed run left. Call it under the run's lock.

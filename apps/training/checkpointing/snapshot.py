@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from apps.training.checkpointing.shares import assign, buffers_of, bytes_of, weight_files, weights_of
+from apps.training.checkpointing.shares import assign, buffers_of, bytes_of, weight_files, weight_stem, weights_of
 
 SPARE = 2**30  # bytes of a GPU that copies leave free: the next step may want a little more than the last
 
@@ -79,7 +79,7 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy worker `rank`'s share of step `step`; `is_sharded`: its optimizer state is nobody else's, all is written."""
     weights, state = weights_of(model), program.optimizer_state()
-    files = weight_files(weights, world_size)
+    files = weight_files(weights, world_size, weight_stem(model))
     if not is_sharded:  # every worker holds the same
         owners = assign(bytes_of(state), world_size)
         state = {name: tensor for name, tensor in state.items() if owners[name] == rank}
