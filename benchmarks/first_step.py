@@ -44,8 +44,8 @@ def child(path: Path, settings: list[str]) -> None:
     started = time.perf_counter()
     import torch
 
-    import modelzoo
     from apps.training.config import parse
+    from apps.training.models import load_weights
     from apps.training.step_plan import plan_step
     from benchmarks.step_speed import batch, hyperparameters, synchronize
     from compiled.artifact import open_artifact
@@ -61,7 +61,7 @@ def child(path: Path, settings: list[str]) -> None:
 
         torch.zeros(1, device=device)
     imports = time.perf_counter() - started
-    model = modelzoo.build_model(plan.model_config, device=device, dtype=config.model.dtype)
+    model = load_weights(config, plan.model_config, device)
     hyper = hyperparameters(plan, model, device)
     data = batch(plan, device)
     synchronize(device)

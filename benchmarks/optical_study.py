@@ -182,7 +182,7 @@ def pictures(study: Study, runs: list[Run]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    scratch = [run for run in runs if run.part == "scratch"]
+    scratch = [run for run in runs if run.part == "scratch" and study.dev_loss(run)]
     if scratch:
         figure, axes = pyplot.subplots(figsize=(7, 4))
         for run in scratch:

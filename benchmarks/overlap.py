@@ -38,13 +38,13 @@ def main() -> None:
 
 def watch_a_step(config, plan, workers) -> tuple[list[Span], list[Span]]:
     """The spans of the regions and of the sums of the third step."""
-    import modelzoo
     from apps.training.devices import open_device
+    from apps.training.models import load_weights
     from apps.training.programs import make_program, require_artifact
     from benchmarks.step_speed import batch, hyperparameters
 
     device = open_device("cpu", config, workers)
-    model = modelzoo.build_model(plan.model_config, device=device, dtype=config.model.dtype, seed=1)
+    model = load_weights(config, plan.model_config, device)
     program = make_program(config, plan, require_artifact(config, plan), model, workers)
     data, table = batch(plan, device), hyperparameters(plan, model, device)
     regions: list[Span] = []

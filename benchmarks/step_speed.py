@@ -63,9 +63,9 @@ def serve(name: str, settings: list[str], pipe) -> None:
     """One variant's process: answers a number of steps with their mean seconds, and `memory` with its peak in GiB."""
     import torch
 
-    import modelzoo
     from apps.training.config import parse
     from apps.training.devices import open_device
+    from apps.training.models import load_weights
     from apps.training.programs import require_artifact
     from apps.training.step_plan import plan_step
     from apps.training.workers.group import Workers
@@ -75,7 +75,7 @@ def serve(name: str, settings: list[str], pipe) -> None:
     dtype = getattr(torch, config.model.dtype)
     if name.startswith("regions"):
         device = open_device(plan.spec.device["kind"], config, Workers.solo())
-        model = modelzoo.build_model(plan.model_config, device=device, dtype=dtype, seed=1)
+        model = load_weights(config, plan.model_config, device)
         step = regions_step(require_artifact(config, plan), plan, model, "on" if name.endswith("graph") else "off")
     else:
         device = torch.device(plan.spec.device["kind"])

@@ -40,15 +40,15 @@ def main() -> None:
 
 
 def measure(config, plan, workers, own: dict[str, str]) -> None:
-    import modelzoo
     from apps.training.config_schema import RunConfig
     from apps.training.devices import open_device
+    from apps.training.models import load_weights
     from apps.training.programs import make_program, require_artifact
     from benchmarks.step_speed import batch, hyperparameters, synchronize
 
     began = time.perf_counter()
     device = open_device(plan.spec.device["kind"], config, workers)
-    model = modelzoo.build_model(plan.model_config, device=device, dtype=config.model.dtype, seed=1)
+    model = load_weights(config, plan.model_config, device)
     program = make_program(config, plan, require_artifact(config, plan), model, workers)
     data, table = batch(plan, device), hyperparameters(plan, model, device)
     data["grad_scale"] /= workers.world_size
