@@ -15,7 +15,7 @@ from backends.kernels.observe import follow
 from backends.kernels.optical_attention import optical_attention
 from backends.kernels.optical_linear import optical_linear, optical_matmul
 from backends.kernels.optical_product import Converters
-from backends.optical_energy import product_energy
+from backends.optical_energy import constants_table, product_energy
 
 LINEAR_TENSORS = ("x", "w", "out")
 MATMUL_TENSORS = ("a", "b", "out")
@@ -199,6 +199,9 @@ class Optical(Backend):
             photons_per_mac=self.config.photons_per_mac,
         )
         return dataclasses.replace(cost, joules=energy.total)
+
+    def cost_constants(self) -> list[tuple[str, str, str]]:
+        return [] if self.config.q_bypass else constants_table()[1:]
 
 
 def _number(state: State) -> Tensor:

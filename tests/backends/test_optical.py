@@ -174,3 +174,10 @@ def test_cost_has_joules_unless_bypassed():
     assert optical(q_bypass=True).cost(4, 8, 2).joules is None
     assert optical().cost(4, 8, 2).flops == 2 * 4 * 8 * 2
     assert optical(adc_bits=12).cost(4, 8, 2).joules > optical(adc_bits=8).cost(4, 8, 2).joules
+
+
+def test_the_energy_estimate_comes_with_its_constants_and_their_sources() -> None:
+    constants = backends.load("optical").cost_constants()
+    assert {name for name, _, _ in constants} >= {"wavelength", "adc_per_level", "memory_per_bit", "digital_mac"}
+    assert all("assumption" in source or any(year in source for year in ("2014", "2302")) for _, _, source in constants)
+    assert backends.load("optical", q_bypass=True).cost_constants() == []
