@@ -147,8 +147,8 @@ class BackendConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    r: int = setting(0, "rank of trained updates W + alpha/r B A of frozen weights; 0: train the weights", at_least=0)
-    alpha: float = setting(32.0, "scale of the updates: alpha / r", above=0)
+    r: int = setting(0, "rank of updates B A of frozen weights; 0: train the weights", at_least=0)
+    alpha: float = setting(32.0, "the updates are scaled by alpha / r", above=0)
     match: list[str] | None = setting(None, "layers: names (q_proj) and globs; null: every linear of the blocks")
     train_norms: bool = setting(False, "train the norms too")
     adapter: str | None = setting(None, "start from a folder in PEFT's format; r, alpha and layers are its own")
