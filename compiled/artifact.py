@@ -28,6 +28,7 @@ _MANIFEST_PARTS = {
     "schedule",
     "optimizer",
     "parameters",
+    "trained_parameters",
     "cost",
     "compile_seconds",
     "members",

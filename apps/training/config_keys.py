@@ -174,6 +174,8 @@ def _nearest(path: str, keys: Mapping[str, Key]) -> list[str]:
     if same_last:
         return list(difflib.get_close_matches(path, same_last, n=3, cutoff=0.0))
     lasts = {key.rpartition(".")[2]: key for key in keys if not section or key.startswith(section + ".")}
+    if not section:
+        lasts |= {name: name for name in sections_of(keys)}
     near = [lasts[name] for name in difflib.get_close_matches(last, lasts, n=1, cutoff=0.65)]
     if near or section in sections_of(keys):
         return near

@@ -30,6 +30,7 @@ def manifest_of(spec: StepSpec) -> dict[str, Any]:
         "optimizer": {},
         "cost": {},
         "parameters": 0,
+        "trained_parameters": 0,
         "compile_seconds": 0.0,
     }
     return {"spec": spec.to_json(), **parts}

@@ -70,7 +70,10 @@ def test_the_nearest_artifact_is_shown_with_the_fields_that_differ(
 def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig, plan: StepPlan) -> None:
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
     cost, state = {"activation_bytes": 1000, "head_bytes": 24}, {"state": ["exp_avg", "exp_avg_sq"]}
-    artifact = Artifact(Path("a.substrate"), {"cost": cost, "optimizer": state, "parameters": parameters})
+    artifact = Artifact(
+        Path("a.substrate"),
+        {"cost": cost, "optimizer": state, "parameters": parameters, "trained_parameters": parameters},
+    )
     needed = run_memory(config, plan, artifact, accumulation=1, world_size=1)
     assert needed.activations == 1024
     assert needed.parameters == needed.gradients == 4 * parameters
