@@ -122,6 +122,8 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
         values = st.floats(1e-12, 0.999)  # inside every plugin's own ranges
     elif key.plain_type is str:
         values = texts()
+    elif key.plain_type == list[str]:
+        values = st.lists(words(), min_size=1).map(json.dumps)
     else:
         rule = {"match": words(), "use": st.just("dense"), "bits": st.integers(), "noise": st.floats(0, 1)}
         values = st.lists(st.fixed_dictionaries(rule)).map(json.dumps)  # JSON is YAML
@@ -131,7 +133,8 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
 @st.composite
 def argument_lists(draw: st.DrawFn) -> list[str]:
     keys = keys_of(TrainConfig)
-    clashing = {"checkpoint.config_name", "optimizer.master_weights"}  # not possible beside some other values
+    # not possible beside some other values; the token budget has a test of its own below
+    clashing = {"checkpoint.config_name", "optimizer.master_weights", "training.token_budget"}
     chosen = draw(st.lists(st.sampled_from([path for path in keys if path not in clashing]), unique=True))
     arguments = [f"{path}={draw(values_of(keys[path]))}" for path in chosen if path != "command"]
     added = draw(st.dictionaries(words(), st.one_of(words(), st.integers(), st.lists(words())), max_size=2))
@@ -142,6 +145,13 @@ def argument_lists(draw: st.DrawFn) -> list[str]:
 @given(argument_lists())
 def test_any_config_survives_the_trip_through_yaml(arguments: list[str]) -> None:
     config = parse(arguments)
+    assert from_file(to_yaml(config)) == config
+
+
+@given(st.sampled_from(["1e9", "22*N/100", "2*(N + N_non_embedding)", "N**2/10"]), st.integers(1, 10**6))
+def test_a_token_budget_survives_the_trip_through_yaml(budget: str, epochs: int) -> None:
+    config = parse(["command=run", f"training.token_budget={budget}", f"training.num_epochs={epochs}"])
+    assert config.training.token_budget == budget
     assert from_file(to_yaml(config)) == config
 
 
