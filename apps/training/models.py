@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,18 +21,8 @@ def load_weights(config: TrainConfig, model_config: Any, device: torch.device) -
     else:
         with Progress(None, f"Loading {folder}", "bytes", mode=config.logging.progress) as progress:
             model = modelzoo.load_model(
-                folder, model_config, device=device, dtype=config.model.dtype, progress=_moves(progress)
+                folder, model_config, device=device, dtype=config.model.dtype, progress=progress.show
             )
     route(model, config.backend.rules, config.backend.default)
     add_updates(config.lora, model, config.training.seed)
     return model
-
-
-def _moves(progress: Progress) -> Callable[[int, int], None]:
-    """A callback (done, total) that moves `progress` on."""
-
-    def show(done: int, total: int) -> None:
-        progress.total = total
-        progress.update(done - progress.done)
-
-    return show
