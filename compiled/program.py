@@ -244,7 +244,7 @@ class CompiledProgram:
             for states, labels, scale in zip(*(part.split(rows) for part in parts), strict=True)
         ]
         if self.head["given"]:  # the head's rows are tokens
-            first = self._shared(microbatch)["first_row"] * hidden.shape[1]
+            first = microbatch.get("first_row", self.tables["first_row"]) * hidden.shape[1]
             chunks = [chunk | {"first_row": first + index * rows} for index, chunk in enumerate(chunks)]
         return chunks
 
