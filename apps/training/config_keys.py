@@ -16,6 +16,8 @@ KNOWN_ELSEWHERE = {
     "learning_rate": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
     "warmup": "schedule.warmup_steps",
+    "lr1": "optimizer.lr",
+    "lr2": "schedule.final_ratio",
     "pef": "run.artifact",
     "output_folder": "compile.output_dir",
     "end_early_at_step": "training.max_steps",
