@@ -21,6 +21,7 @@ from apps.training.config_keys import Key, keys_of, plugin_config, unknown_key
 from apps.training.config_rules import check_rules, with_rules_file
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import write_yaml
+from apps.training.loggers import require_installed
 from apps.training.token_budget import check_budget
 from backends.errors import UserError, did_you_mean
 from backends.yaml_reading import parse_yaml
@@ -118,6 +119,8 @@ def _check(config: TrainConfig) -> None:
             )
         check_budget(training.token_budget)
     check_rules(config.backend.rules, config.backend.default)
+    if config.command == "run":
+        require_installed(config.logging.report_to)
     assert config.precision  # refuses dtypes that do not go together
 
 
