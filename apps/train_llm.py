@@ -26,7 +26,7 @@ from apps.training.checkpointing.resume import goes_on_in_place, resumed_setting
 from apps.training.cli import INTERRUPTED, run_main
 from apps.training.config import parse, to_yaml
 from apps.training.config_schema import TrainConfig
-from apps.training.reporting.output_folder import METRICS, MetricsFile, require_free, require_room, start_run
+from apps.training.reporting.output_folder import require_free, require_room, start_run
 from apps.training.workers.launch import find_launch, own_gpu
 from backends.errors import UserError
 
@@ -209,12 +209,13 @@ def take_steps(
     from apps.training.evaluating import Evaluator
     from apps.training.progress import Progress
     from apps.training.reporting.lines import live_fields, step_line
+    from apps.training.reporting.run_reports import RunReports
     from apps.training.trainer import NonFiniteLoss
 
     count, evaluator = trainer.count, Evaluator(config, trainer, loader, stop.asked)
-    path = Path(config.training.output_dir) / METRICS
+    rows_per_step = config.training.batch_size * trainer.accumulation * loader.world_size
     with (
-        MetricsFile(path, outcome.steps) if loader.rank == 0 else nullcontext() as metrics,
+        RunReports(config, outcome, rows_per_step=rows_per_step) if loader.rank == 0 else nullcontext() as reports,
         Progress(count.total, "Training", "steps", mode=config.logging.progress) as progress,
     ):
         progress.update(len(outcome.steps))
@@ -222,8 +223,8 @@ def take_steps(
         try:
             for record in steps:
                 outcome.steps.append(record)
-                if metrics is not None:
-                    metrics.append(record)
+                if reports is not None:
+                    reports.append(record, progress)
                 if record.step % config.logging.every == 0 or record.step == count.total:
                     progress.write(step_line(record, count.position(record.step), loader.world_size))
                 progress.update(1, **live_fields(record, outcome.utilisation(record)))

@@ -17,6 +17,7 @@ from apps.training.config_rules import check_rules, with_rules_file
 from apps.training.config_schema import TrainConfig
 from apps.training.config_values import convert
 from apps.training.config_yaml import write_yaml
+from apps.training.loggers import require_installed
 from apps.training.optimizer_groups import group_settings
 from apps.training.token_budget import check_budget
 from backends.errors import UserError
@@ -116,6 +117,8 @@ def _check(config: TrainConfig) -> None:
         check_budget(training.token_budget)
     check_rules(config.backend.rules, config.backend.default)
     group_settings(config.optimizer)  # refuses what is no group
+    if config.command == "run":
+        require_installed(config.logging.report_to)
     assert config.precision  # refuses dtypes that do not go together
 
 

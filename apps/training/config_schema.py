@@ -163,6 +163,13 @@ class LoggingConfig:
     every: int = setting(1, "print a line every so many steps", at_least=1)
     progress: Literal["auto", "on", "off"] = setting("auto", "live progress line; auto: on a terminal")
     sample_prompt: str | None = setting(None, "text the report continues with the trained model")
+    report_to: list[str] = setting(factory=list, help="loggers, any number: [csv, tensorboard, wandb, mlflow]")
+    project: str = setting("substrate", "the loggers' project, or experiment")
+    name: str | None = setting(None, "the loggers' name of the run; null: the output folder's")
+    run_id: str | None = setting(None, "the loggers' id of the run; null: chosen, in run_id.txt")
+    tags: list[str] = setting(factory=list, help="the loggers' tags of the run: [TAG, …]")
+    offline: bool = setting(False, "loggers write to OUTPUT_DIR and reach for no server")
+    records_per_second: float = setting(10.0, "at most so many records a second to the loggers", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
