@@ -103,10 +103,11 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.outcome import Outcome, save_outcome
     from apps.training.parameter_groups import groups_table
     from apps.training.programs import make_program, require_artifact, run_memory
+    from apps.training.recipe import make_recipe
     from apps.training.reporting.lines import overview, settings_text
     from apps.training.reporting.throughput import training_flops_per_token
     from apps.training.steps import accumulation_steps, count_steps
-    from apps.training.trainer import Trainer, make_recipe
+    from apps.training.trainer import Trainer
 
     # The step: which model, which backend computes which layer, and the machine code for it. No weights yet.
     settings, output, length = config.training, Path(config.training.output_dir), config.model.max_seq_length
@@ -155,13 +156,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         program=program,
         workers=workers,
         names=[name for name, _ in model.named_parameters()],
-        recipe=make_recipe(
-            plan.groups,
-            config.optimizer,
-            config.schedule,
-            total_steps=count.total,
-            max_grad_norm=settings.max_grad_norm,
-        ),
+        recipe=make_recipe(config, plan.groups, count.total),
         count=count,
         accumulation=accumulation,
         device=device,

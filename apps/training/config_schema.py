@@ -101,7 +101,7 @@ class OptimizerConfig:
         "auto", "wider copy that is updated; auto: float32 for bfloat16 parameters"
     )
     groups: list[dict[str, Any]] = setting(
-        factory=list, help="first match wins: [{match: '*norm*', weight_decay: 0}]; also optimizer, lr, …"
+        factory=list, help="first match wins: [{match: '*norm*', optimizer: NAME, KEY: VALUE}]"
     )
     settings: Any = plugin("apps.training.optimizers")
 

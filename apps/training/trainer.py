@@ -17,13 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from apps.training.config_schema import OptimizerConfig, ScheduleConfig
 from apps.training.data.packing import Rows
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.loss import Batch, make_batch, microbatches
-from apps.training.parameter_groups import ParameterGroup
+from apps.training.recipe import Recipe
 from apps.training.reporting.records import Evaluation, StepRecord
-from apps.training.schedules import load as load_schedule
 from apps.training.steps import StepCount
 from backends.precision import PrecisionPolicy, as_torch, at_least_float32
 
@@ -68,37 +66,6 @@ class NonFiniteLoss(RuntimeError):
             f"The loss of step {record.step} is {record.loss} at learning rate {record.lr:.4g}; it was not saved. "
             "Lower optimizer.lr, raise schedule.warmup_steps, or set training.max_grad_norm."
         )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How weights are updated: rules and settings by group, the rate of a step for a group's peak, and clipping.
-
-    `peak` is the one whose rates are recorded.
-    """
-
-    groups: Sequence[ParameterGroup]
-    rate: Callable[[int, float], float]  # (step, peak) → rate
-    peak: float
-    max_grad_norm: float | None
-
-
-def make_recipe(
-    groups: Sequence[ParameterGroup],
-    optimizer: OptimizerConfig,
-    schedule: ScheduleConfig,
-    *,
-    total_steps: int,
-    max_grad_norm: float | None,
-) -> Recipe:
-    """The recipe that the settings name. The schedule's peak is each group's `lr`."""
-    learning_rate = load_schedule(schedule.name).learning_rate
-    return Recipe(
-        groups=groups,
-        rate=lambda step, peak: learning_rate(step, total_steps, peak, schedule.settings),
-        peak=optimizer.settings.lr,
-        max_grad_norm=max_grad_norm,
-    )
 
 
 @dataclass(frozen=True)

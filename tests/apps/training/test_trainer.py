@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apps.training.config_schema import OptimizerConfig, ScheduleConfig
+from apps.training.config_schema import OptimizerConfig
 from apps.training.data.packing import Rows
 from apps.training.eager_program import EagerProgram, StepResult
 from apps.training.optimizers.adamw import AdamW
 from apps.training.parameter_groups import group_parameters
-from apps.training.schedules.linear import Linear
+from apps.training.recipe import Recipe
 from apps.training.steps import StepCount
-from apps.training.trainer import NonFiniteLoss, Program, Recipe, Trainer, make_recipe
+from apps.training.trainer import NonFiniteLoss, Program, Trainer
 from apps.training.workers.group import Workers
 from apps.training.workers.launch import Launch
 from backends.precision import resolve
@@ -238,20 +238,3 @@ def test_evaluation_is_the_mean_over_every_counted_position_with_padded_batches_
 
 def test_an_evaluation_that_is_stopped_has_no_result() -> None:
     assert trainer(Noted(), 1).evaluate(endless_rows(), 1, lambda: None, should_stop=lambda: True) is None
-
-
-def test_the_recipe_follows_the_settings() -> None:
-    config = OptimizerConfig(name="adamw", settings=AdamW.Config(lr=0.5))
-    groups = group_parameters(config, {"weight": ((2, 2), "matrix")})
-    made = make_recipe(
-        groups,
-        config,
-        ScheduleConfig(name="linear", settings=Linear.Config(warmup_steps=2)),
-        total_steps=4,
-        max_grad_norm=3.0,
-    )
-    assert made.groups is groups
-    assert made.peak == 0.5
-    assert [made.rate(step, 0.5) for step in (1, 2)] == [0.25, 0.5]
-    assert [made.rate(step, 8.0) for step in (1, 2)] == [4.0, 8.0]
-    assert made.max_grad_norm == 3.0
