@@ -90,6 +90,9 @@ class TrainingConfig:
     reduce_bucket_mb: int = setting(
         50, "MiB of gradients summed over workers at a time, at most 1/8 of all", at_least=1
     )
+    reduce_by: Literal["auto", "collectives", "copies"] = setting(
+        "auto", "copies: GPUs of a host fetch each other's; auto: if they can"
+    )
     worker_timeout: float = setting(300.0, "seconds without progress of a worker that end the job", above=0)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from apps.training.config_schema import TrainConfig
 from apps.training.eager_program import EagerProgram
 from apps.training.memory import (
@@ -19,6 +21,7 @@ from apps.training.parameter_groups import state_elements
 from apps.training.step_plan import StepPlan, compile_command
 from apps.training.trainer import Program
 from apps.training.workers.group import Workers
+from apps.training.workers.peer_copies import MOST_WORKERS, PeerCopies, peers_in_reach
 from apps.training.workers.reducer import GradientReducer
 from backends.errors import UserError
 from backends.precision import BITS, as_torch
@@ -84,7 +87,24 @@ def _reducer(config: TrainConfig, workers: Workers) -> Reducer | None:
         bucket_bytes=training.reduce_bucket_mb * 2**20,
         shards=training.shard_optimizer,
         before_waiting=lambda: workers.waiting("waiting for the others' gradients"),
+        copies=_peer_copies(training.reduce_by, workers),
     )
+
+
+def _peer_copies(asked: str, workers: Workers) -> PeerCopies | None:
+    """How the GPUs of one host sum by copies, if all of them can; None: by collectives."""
+    assert workers.device_group is not None
+    on_gpus = dist.get_backend(workers.device_group) == "nccl"
+    can = asked != "collectives" and on_gpus and peers_in_reach(workers.world_size, workers.local_world_size)
+    (able,) = workers.sum_counts(int(can))
+    if able == workers.world_size:
+        return PeerCopies(workers.device_group, rank=workers.rank, world_size=workers.world_size)
+    if asked == "copies":
+        raise UserError(
+            f"training.reduce_by=copies needs GPUs of one host that read each other's memory, 2 to {MOST_WORKERS}, all "
+            f"visible to each worker; {able} of {workers.world_size} workers have that. Use training.reduce_by=auto."
+        )
+    return None
 
 
 def _program_class(cuda_graph: str, artifact: Artifact) -> type[CompiledProgram]:
