@@ -25,7 +25,7 @@ PlanOf = Callable[..., StepPlan]
 
 
 def captured(plan: StepPlan) -> tuple[dict[str, Captured], Schedule]:
-    return capture_step(plan.model, plan.spec, plan.optimizer, plan.precision)
+    return capture_step(plan.model, plan.spec, plan.optimizers, plan.precision)
 
 
 def test_frozen_parts_have_no_backward_and_no_update(plan_of: PlanOf) -> None:
