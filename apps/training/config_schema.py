@@ -103,6 +103,9 @@ class OptimizerConfig:
     master_weights: Literal["auto", "none", "float32"] = setting(
         "auto", "wider copy that is updated; auto: float32 for bfloat16 parameters"
     )
+    groups: list[dict[str, Any]] = setting(
+        factory=list, help="first match wins: [{match: '*norm*', optimizer: NAME, KEY: VALUE}]"
+    )
     settings: Any = plugin("apps.training.optimizers")
 
 

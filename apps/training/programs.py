@@ -17,6 +17,7 @@ from apps.training.memory import (
     of_one_worker,
     with_snapshot,
 )
+from apps.training.parameter_groups import state_elements
 from apps.training.step_plan import StepPlan, compile_command
 from apps.training.trainer import Program
 from apps.training.workers.group import Workers
@@ -61,7 +62,7 @@ def make_program(
     """The program that trains `model` in place, one of `workers` alike."""
     precision, reducer = plan.precision, _reducer(config, workers)
     if artifact is None:
-        return EagerProgram(model, optimizer=config.optimizer.name, precision=precision, reducer=reducer)
+        return EagerProgram(model, groups=plan.groups, precision=precision, reducer=reducer)
     master = None if precision.master == "none" else as_torch(precision.master)
     return _program_class(config.run.cuda_graph, artifact)(
         artifact, model, moments_dtype=as_torch(precision.moments), master_dtype=master, reducer=reducer
@@ -133,7 +134,7 @@ def run_memory(
         whole = estimate(
             num_parameters,
             precision,
-            state_tensors=len(plan.optimizer.state_names),
+            state_tensors=state_elements(plan.groups) / plan.num_trained,
             activations=eager_activations(plan.model_config, precision, batch_size=batch_size, seq_length=length),
             wide_gradients=several or BITS[precision.parameters] < BITS["float32"],
             num_trained=plan.num_trained,
