@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.precision import PrecisionPolicy, as_torch
+from backends.stochastic_rounding import COLUMNS, key_of, round_to_bfloat16
 from compiled.capture import Captured, Sources, capture_function
 from compiled.stages import Stage, StagedModel, canonical_names, stage_of
 
@@ -146,9 +147,9 @@ def capture_update(
     """The update of a group of parameters, each by its optimizer, in place, one region.
 
     Inputs: `hyperparameters` [number of parameters, `columns`] (a row each, so that every parameter may have its own
-    rate and decay; the first columns are its optimizer's), `grad_coef` 0-d (clipping), then for each parameter p: p,
-    `grad_p`, `<state>_p`…, `master_p` if there is one. Arithmetic is done in at least float32; output: a copy of
-    grad_coef (a region must return something).
+    rate and decay; the first columns are its optimizer's, the last the key of stochastic rounding), `grad_coef` 0-d
+    (clipping), then for each parameter p: p, `grad_p`, `<state>_p`…, `master_p` if there is one. Arithmetic is done in
+    at least float32; output: a copy of grad_coef (a region must return something).
     """
     with_master = policy.master != "none"
     work = as_torch(policy.master) if with_master else accumulation_dtype(as_torch(policy.parameters))
@@ -184,6 +185,9 @@ def capture_update(
                     named[f"{key}_{each}"].copy_(value)
                 if with_master:
                     named[f"master_{each}"].copy_(new_parameter)
+                if policy.rounding == "stochastic":
+                    words = named["hyperparameters"][rows[each], columns - COLUMNS :]
+                    new_parameter = round_to_bfloat16(new_parameter, key_of(words))
                 named[each].copy_(new_parameter)
         return (named["grad_coef"] + 0,)
 

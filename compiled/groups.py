@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from backends.precision import PrecisionPolicy, as_torch
+from backends.stochastic_rounding import COLUMNS
 from compiled.capture import Captured, Sources
 from compiled.capture_parts import Optimizer, accumulation_dtype, capture_update
 from compiled.stages import Stage
@@ -98,6 +99,7 @@ def add_updates(
     known: dict[str, dict[str, Any]] = {}
     entries = []
     columns = max((len(each.hyperparameter_names) for each in optimizers.values()), default=0)
+    columns += COLUMNS if policy.rounding == "stochastic" else 0
     ends = {"update_head": head_group(embed, head, chunks), "update_embed": embed_group(embed, head)}
     for label, group in [*((None, block_group(block)) for block in blocks), *ends.items()]:
         rules = {local: optimizers[full] for local, full in group.names.items()}

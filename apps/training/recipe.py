@@ -21,6 +21,7 @@ class Recipe:
     rate: Callable[[int, float], float]  # (step, peak) → rate
     peak: float
     max_grad_norm: float | None
+    rounding_seed: int | None = None  # of stochastic rounding, where there is any
 
 
 def make_recipe(config: TrainConfig, groups: Sequence[ParameterGroup], total_steps: int) -> Recipe:
@@ -32,4 +33,5 @@ def make_recipe(config: TrainConfig, groups: Sequence[ParameterGroup], total_ste
         rate=lambda step, peak: learning_rate(step, total_steps, peak, schedule.settings),
         peak=config.optimizer.settings.lr,
         max_grad_norm=config.training.max_grad_norm,
+        rounding_seed=config.training.seed if config.precision.rounding == "stochastic" else None,
     )
