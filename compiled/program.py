@@ -6,7 +6,8 @@ backward   block L-1 … block 0 → embed; as soon as a group's gradients are f
 reduce     a group's gradients are summed over the workers while the blocks below run backward
 update     a group at a time, in place
 
-Without clipping a group is updated as soon as it is summed, so that gradients never all live together.
+Without clipping, and without a rule that sums over all groups, a group is updated as soon as it is summed, so that
+gradients never all live together.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,7 +102,7 @@ class CompiledProgram:
                 gradients.clear()
 
         def on_start() -> None:
-            if max_grad_norm is None:
+            if max_grad_norm is None and self.updater.totals is None:
                 update(self.reducer.finished(everything=False), self.updater.one)
 
         statistics = Statistics(self.binding.tensors)
@@ -112,6 +113,10 @@ class CompiledProgram:
             gathered = list(summed)
             norm = self.updater.norm(gradients for _, gradients in gathered)
             coefficient, summed = self.updater.clip(norm, max_grad_norm), iter(gathered)
+        if self.updater.totals is not None:
+            gathered = list(summed)
+            self.updater.total(gathered, hyper, coefficient, wide=wide)
+            summed = iter(gathered)
         update(summed, coefficient)
         statistics.write(self.reducer)
         self.reducer.settle()
