@@ -57,8 +57,8 @@ class GraphedProgram(CompiledProgram):
             record.max_grad_norm.fill_(max_grad_norm)  # type: ignore[arg-type]
         record.graph.replay()
         # the next replay overwrites these, and a loss may be read a step late
-        norm = record.result.grad_norm
-        return StepResult(record.result.loss.clone(), None if norm is None else norm.clone())
+        results = vars(record.result).items()
+        return StepResult(**{name: each if each is None else each.clone() for name, each in results})
 
     def _record(
         self,
