@@ -9,6 +9,7 @@ from torch import Tensor
 from apps.training.step_plan import StepPlan
 from compiled import lowering
 from compiled.capture import Captured
+from compiled.groups import describe_optimizers
 from compiled.regions import Region, TensorSpec
 from compiled.schedule import capture_step
 
@@ -23,8 +24,8 @@ class InterpretedArtifact:
 
     def __init__(self, plan: StepPlan) -> None:
         with lowering.determinism(plan.spec.deterministic):
-            self.captured, schedule = capture_step(plan.model, plan.spec, plan.optimizer, plan.precision)
-        optimizer = {"state": plan.optimizer.state_names, "hyperparameters": plan.optimizer.hyperparameter_names}
+            self.captured, schedule = capture_step(plan.model, plan.spec, plan.optimizers, plan.precision)
+        optimizer = describe_optimizers(plan.optimizers, schedule.updates)
         self.spec: dict[str, Any] = plan.spec.to_json()
         self.manifest: dict[str, Any] = {"schedule": schedule.to_json(), "optimizer": optimizer}
 

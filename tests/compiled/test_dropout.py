@@ -66,7 +66,7 @@ def weights(model: Any) -> Tensor:
 def assert_twins(step: Compiled) -> None:
     ours, program = built(step)
     theirs, _ = built(step)
-    twin = EagerProgram(theirs, optimizer="adamw", precision=step.plan.precision)
+    twin = EagerProgram(theirs, precision=step.plan.precision)
     assert train(step, program, ours, 1, 3) == pytest.approx(train(step, twin, theirs, 1, 3), rel=1e-12)
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-10, atol=1e-12)
     batch = dealt(step, 9)[0]
