@@ -100,6 +100,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.interrupt import StopRequest
     from apps.training.memory import available_memory, gibibytes, require_memory
     from apps.training.models import load_weights
+    from apps.training.nonfinite import ended_over_skipped, skipped_in_a_row
     from apps.training.outcome import Outcome, save_outcome
     from apps.training.parameter_groups import groups_table
     from apps.training.programs import make_program, require_artifact, run_memory
@@ -164,6 +165,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         article_attention=config.model.article_attention,
         first_step=resumed.step + 1,
         last_step=resumed.last_step(count.total, config.checkpoint.num_steps),
+        skipped_before=skipped_in_a_row(resumed.records),
     )
 
     # From here on we write. Ctrl-C lets the running step finish and everything be saved.
@@ -192,7 +194,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         if workers.is_first:
             save_outcome(output, outcome, model, dataset, config, sample=not stopped)
         saver.finish()
-        return INTERRUPTED if stopped else 0
+        failed = ended_over_skipped(outcome.steps, settings.max_nonfinite_steps, tell=workers.is_first)
+        return LOSS_NOT_FINITE if failed else INTERRUPTED if stopped else 0
 
 
 def take_steps(

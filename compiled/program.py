@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from backends.state import require_calibrated
 from compiled.artifact import Artifact
 from compiled.binding import Binding
+from compiled.clipping import Verdict, clip_values, judge
 from compiled.reduction import Gradients, OneWorker, Reducer
 from compiled.stages import StagedModel
 from compiled.statistics import Statistics
@@ -33,11 +34,13 @@ class StepResult:
     """0-d tensors: Σ grad_scale · CE over microbatches and workers, and the gradients' global norm before clipping.
 
     The norm is None when gradients are not clipped. `objective`: the same sum of what was minimised, None for the loss.
+    `applied` (bool): whether anything was updated, None for a step that cannot skip its update.
     """
 
     loss: Tensor
     grad_norm: Tensor | None
     objective: Tensor | None = None
+    applied: Tensor | None = None
 
 
 class CompiledProgram:
@@ -89,6 +92,7 @@ class CompiledProgram:
         microbatches: Sequence[Mapping[str, Tensor]],
         hyperparameters: Tensor,
         max_grad_norm: float | Tensor | None,
+        max_grad_value: float | None = None,
     ) -> StepResult:
         """One optimizer step over the microbatches (input_ids, labels, grad_scale[, article_ids]: [B, S], on device).
 
@@ -97,29 +101,41 @@ class CompiledProgram:
         """
         hyper = hyperparameters.to(self.device, non_blocking=True)
         wide = len(microbatches) > 1 or self.reducer.widens
+        skips = self.spec["skips_nonfinite"]
+        gathers = skips or max_grad_norm is not None
 
         def update(groups: Iterable[tuple[int, Gradients]], coefficient: Tensor) -> None:
             for group, gradients in groups:
+                if not gathers:
+                    clip_values(gradients, max_grad_value)
                 self.updater.update(group, gradients, hyper, coefficient, wide=wide)
                 gradients.clear()
 
         def on_start() -> None:
-            if max_grad_norm is None:
+            if not gathers:
                 update(self.reducer.finished(everything=False), self.updater.one)
 
         statistics = Statistics(self.binding.tensors)
         loss = self._sum_gradients(microbatches, on_start, statistics)
-        norm, coefficient = None, self.updater.one
+        verdict = Verdict(None, self.updater.one, None)
         summed = self.reducer.finished(everything=True)
-        if max_grad_norm is not None:
+        if gathers:
             gathered = list(summed)
-            norm = self.updater.norm(gradients for _, gradients in gathered)
-            coefficient, summed = self.updater.clip(norm, max_grad_norm), iter(gathered)
-        update(summed, coefficient)
-        statistics.write(self.reducer)
+            loss = self.reducer.sum_(loss) if skips else loss
+            verdict = judge(
+                self.updater,
+                [gradients for _, gradients in gathered],
+                max_norm=max_grad_norm,
+                max_value=max_grad_value,
+                loss=loss if skips else None,
+            )
+            summed = iter(gathered)
+        update(summed, verdict.coefficient)
+        statistics.write(self.reducer, verdict.applied)
         self.reducer.settle()
-        loss = self.reducer.sum_(loss)
-        return StepResult(loss[0], norm, loss[1]) if loss.ndim else StepResult(loss, norm)
+        loss = loss if skips else self.reducer.sum_(loss)
+        entropy, objective = loss if loss.ndim else (loss, None)
+        return StepResult(entropy, verdict.norm, objective, verdict.applied)
 
     @torch.no_grad()
     def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> Gradients:

@@ -26,12 +26,14 @@ from compiled.reduction import OneWorker, Reducer
 class StepResult(NamedTuple):
     """0-d tensors on the device: reading them waits for it. `grad_norm` is None when gradients are not clipped.
 
-    `objective`: what was minimised, summed like the loss; None when it is the loss.
+    `objective`: what was minimised, summed like the loss; None when it is the loss. `applied`: whether anything was
+    updated; None for a step that cannot skip its update.
     """
 
     loss: Tensor
     grad_norm: Tensor | None
     objective: Tensor | None = None
+    applied: Tensor | None = None
 
 
 class EagerProgram:
@@ -50,10 +52,11 @@ class EagerProgram:
         groups: Sequence[ParameterGroup] | None = None,
         reducer: Reducer | None = None,
         loss_terms: Mapping[str, float] | None = None,
+        skips_nonfinite: bool = False,
     ) -> None:
         """`groups`: the rules of the parameters; None: the default optimizer's. `loss_terms`: of compiled.objective."""
         groups = parameter_groups(OptimizerConfig(), model) if groups is None else groups
-        self.model, self.loss_terms = model, loss_terms or {}
+        self.model, self.loss_terms, self.skips_nonfinite = model, loss_terms or {}, skips_nonfinite
         self.reducer: Reducer = reducer or OneWorker()
         self.reducer.assign([sum(parameter.nbytes for parameter in model.parameters())])
         assert not self.reducer.shards, "the eager twin keeps its optimizer state whole"
@@ -74,7 +77,11 @@ class EagerProgram:
         self.row_of = {name: row for row, (name, _) in enumerate(model.named_parameters())}
 
     def train_step(
-        self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
+        self,
+        microbatches: Sequence[Mapping[str, Tensor]],
+        hyperparameters: Tensor,
+        max_grad_norm: float | None,
+        max_grad_value: float | None = None,
     ) -> StepResult:
         """One optimizer step over `microbatches` (input_ids, labels, grad_scale[, article_ids] on the device).
 
@@ -82,17 +89,27 @@ class EagerProgram:
         """
         self.model.train()
         loss, gradients, states = self._loss_and_gradients(microbatches)
-        grad_norm = None
-        if max_grad_norm is not None:
+        entropy, objective = loss if loss.ndim else (loss, None)
+        grad_norm = applied = None
+        if max_grad_norm is not None or self.skips_nonfinite:
             grad_norm = nn.utils.get_total_norm(gradients.values())
-            scale = torch.clamp(max_grad_norm / (grad_norm + 1e-6), max=1.0)
-            torch._foreach_mul_(list(gradients.values()), scale)
+        if self.skips_nonfinite and grad_norm is not None:
+            applied = torch.isfinite(loss).all() & torch.isfinite(grad_norm)
+            if not applied:
+                for update in self.updates:
+                    update.skip()
+                return StepResult(entropy, grad_norm, objective, applied)
+        if max_grad_value is not None:
+            gradients = {name: each.clamp(-max_grad_value, max_grad_value) for name, each in gradients.items()}
+        if max_grad_norm is not None:
+            norm = nn.utils.get_total_norm(gradients.values())
+            torch._foreach_mul_(list(gradients.values()), torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
         rows = {name: hyperparameters[row] for name, row in self.row_of.items()}
         for update in self.updates:
             update.step(gradients, rows)
         self._store()
         self._store_state(states)
-        return StepResult(loss[0], grad_norm, loss[1]) if loss.ndim else StepResult(loss, grad_norm)
+        return StepResult(entropy, grad_norm, objective, applied)
 
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
         """Forward passes of one step that let the backends see their ranges; nothing else changes."""

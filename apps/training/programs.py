@@ -63,7 +63,14 @@ def make_program(
     """The program that trains `model` in place, one of `workers` alike."""
     precision, reducer, terms = plan.precision, _reducer(config, workers), loss_terms(config.training)
     if artifact is None:
-        return EagerProgram(model, groups=plan.groups, precision=precision, reducer=reducer, loss_terms=terms)
+        return EagerProgram(
+            model,
+            groups=plan.groups,
+            precision=precision,
+            reducer=reducer,
+            loss_terms=terms,
+            skips_nonfinite=plan.spec.skips_nonfinite,
+        )
     master = None if precision.master == "none" else as_torch(precision.master)
     return _program_class(config.run.cuda_graph, artifact)(
         artifact,

@@ -27,7 +27,8 @@ from backends.precision import PrecisionPolicy, as_torch, at_least_float32
 
 
 class StepResult(Protocol):
-    """0-d tensors on the device; `grad_norm` is None without clipping, `objective` where it is the loss."""
+    """0-d tensors on the device; `grad_norm` is None without clipping, `objective` where it is the loss, `applied`
+    where an update cannot be skipped."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -35,13 +36,19 @@ class StepResult(Protocol):
     def grad_norm(self) -> Tensor | None: ...
     @property
     def objective(self) -> Tensor | None: ...
+    @property
+    def applied(self) -> Tensor | None: ...
 
 
 class Program(Protocol):
     """A train step over a model it updates in place. `compiled.program` and `eager_program` have one each."""
 
     def train_step(
-        self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
+        self,
+        microbatches: Sequence[Mapping[str, Tensor]],
+        hyperparameters: Tensor,
+        max_grad_norm: float | None,
+        max_grad_value: float | None,
     ) -> StepResult: ...
     def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor: ...
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None: ...
@@ -89,6 +96,7 @@ class Trainer:
     article_attention: bool
     first_step: int
     last_step: int
+    skipped_before: int = 0  # steps in a row, up to `first_step`
 
     @cached_property
     def loss_dtype(self) -> torch.dtype:
@@ -115,8 +123,9 @@ class Trainer:
         sees the model exactly at that step; when it returns true, the step's record is yielded before the next step is
         queued. So it is after a step for which `pause_after(step)` is true, and there the time until the generator is
         resumed counts for no step. Ends early, after a whole step and the same one on every worker, when
-        `should_stop()` says so on any. Raises NonFiniteLoss.
+        `should_stop()` says so on any, and after `max_nonfinite_steps` skipped in a row. Raises NonFiniteLoss.
         """
+        in_a_row, most = self.skipped_before, self.recipe.max_nonfinite_steps
         supply = iter(rows)
         waiting: list[_Queued] = []
         begin = time.perf_counter()
@@ -127,10 +136,14 @@ class Trainer:
             waiting.append(queued)
             is_wanted = bool(on_queued(step))
             settle = self.device.type == "cpu" or step == self.last_step or is_wanted or pause_after(step)
-            while len(waiting) > (0 if settle else 1):
+            # what may be the last straw is waited for
+            while len(waiting) > (0 if settle or 0 < most <= in_a_row + 1 else 1):
                 record = waiting.pop(0).record(begin)
                 begin = time.perf_counter()
+                in_a_row = in_a_row + 1 if record.skipped else 0
                 yield record
+                if 0 < most <= in_a_row:
+                    return
             if pause_after(step):
                 begin = time.perf_counter()
         for late in waiting:
@@ -195,8 +208,9 @@ class Trainer:
             ),
             _to_device(table, self.device),
             self.recipe.max_grad_norm,
+            self.recipe.max_grad_value,
         )
-        scalars = {"loss": result.loss, "grad_norm": result.grad_norm, "objective": result.objective}
+        scalars = {name: getattr(result, name) for name in ("loss", "grad_norm", "objective", "applied")}
         return _Queued(step, self.count.position(step).epoch, lr, num_tokens, num_counted, _HostCopy(scalars))
 
     def _read(self, supply: Iterator[Rows]) -> list[Batch]:
@@ -237,8 +251,9 @@ class _Queued:
             seconds=time.perf_counter() - begin,
             grad_norm=scalars.get("grad_norm"),
             objective=scalars.get("objective"),
+            skipped=int(not scalars.get("applied", True)),
         )
-        if not math.isfinite(record.loss):
+        if not math.isfinite(record.loss) and not record.skipped:
             raise NonFiniteLoss(record)
         return record
 
