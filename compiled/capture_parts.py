@@ -57,6 +57,11 @@ def loss_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
     return ((torch.logsumexp(logits, -1) - target) * grad_scale).sum()
 
 
+def hits_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
+    """Σ grad_scale over the tokens whose likeliest next token is the label (the first of equals), 0-d."""
+    return ((logits.argmax(-1) == labels) * grad_scale).sum()
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Gradients that are summed (over chunks, microbatches) are summed in at least float32."""
     return torch.promote_types(dtype, torch.float32)
@@ -65,7 +70,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def capture_head(
     stage: Stage, sources: Sources, policy: PrecisionPolicy, tokens: int, hidden_size: int, chunks: int
 ) -> list[Captured]:
-    """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss).
+    """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss and accuracy).
 
     Inputs: parameters, state, hidden_states [T/chunks, H], labels [T/chunks], grad_scale [T/chunks], and first_row, the
     chunk's first token within the step, where a backend counts from it. With several
@@ -109,7 +114,8 @@ def capture_head(
         named = dict(zip(inputs, flat, strict=True))
         weights = {key: named[key] for key in tensors}
         logits, _ = stage.call(weights, named["hidden_states"], first_row=named.get("first_row"))
-        return (loss_sum(logits.to(logits_dtype), named["labels"], named["grad_scale"]),)
+        given = (logits.to(logits_dtype), named["labels"], named["grad_scale"])
+        return loss_sum(*given), hits_sum(*given)
 
     train_inputs = inputs if chunks == 1 else inputs | sums
     outputs = ["loss", "grad_hidden_states", *(f"new_{name}" for name in state_names)]
@@ -119,7 +125,7 @@ def capture_head(
         "head_train", train, train_inputs, outputs, mutated=[] if chunks == 1 else list(sums)
     )
     stage.module.eval()
-    evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss"])
+    evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss", "accuracy"])
     stage.module.train()
     return [train_region, evaluate_region]
 

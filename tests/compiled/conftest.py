@@ -39,13 +39,14 @@ class Compiled:
             add_random_updates(model, self.plan.lora)
         return model.train()
 
-    def program(self, model: Any) -> CompiledProgram:
+    def program(self, model: Any, **options: Any) -> CompiledProgram:
         master = self.plan.precision.master
         return CompiledProgram(
             self.artifact,
             model,
             moments_dtype=as_torch(self.plan.precision.moments),
             master_dtype=None if master == "none" else as_torch(master),
+            **options,
         )
 
     def batch(self, seed: int, counted: float = 1.0, of: int | None = None) -> dict[str, Tensor]:
