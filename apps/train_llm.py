@@ -101,11 +101,13 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.memory import available_memory, gibibytes, require_memory
     from apps.training.models import load_weights
     from apps.training.outcome import Outcome, save_outcome
+    from apps.training.parameter_groups import groups_table
     from apps.training.programs import make_program, require_artifact, run_memory
+    from apps.training.recipe import make_recipe
     from apps.training.reporting.lines import overview, settings_text
     from apps.training.reporting.throughput import training_flops_per_token
     from apps.training.steps import accumulation_steps, count_steps
-    from apps.training.trainer import Trainer, make_recipe
+    from apps.training.trainer import Trainer
 
     # The step: which model, which backend computes which layer, and the machine code for it. No weights yet.
     settings, output, length = config.training, Path(config.training.output_dir), config.model.max_seq_length
@@ -139,6 +141,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     count = count_steps(loader.steps_per_epoch, settings, tokens_per_step=rows_per_step * length, sizes=plan.sizes)
     print(f"Dataset: {loader.description()}")
     print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}")
+    print(groups_table(plan.groups))
     print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
     if resumed.step >= count.total and (output / "report.html").exists():
         print(f"All {count.total} steps were taken: {checkpoint}. Nothing is left to do.")
@@ -152,10 +155,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     trainer = Trainer(
         program=program,
         workers=workers,
-        parameters=list(model.parameters()),
-        recipe=make_recipe(
-            config.optimizer, config.schedule, total_steps=count.total, max_grad_norm=settings.max_grad_norm
-        ),
+        names=[name for name, _ in model.named_parameters()],
+        recipe=make_recipe(config, plan.groups, count.total),
         count=count,
         accumulation=accumulation,
         device=device,

@@ -90,6 +90,9 @@ class TrainingConfig:
     reduce_bucket_mb: int = setting(
         50, "MiB of gradients summed over workers at a time, at most 1/8 of all", at_least=1
     )
+    reduce_by: Literal["auto", "collectives", "copies"] = setting(
+        "auto", "copies: GPUs of a host fetch each other's; auto: if they can"
+    )
     worker_timeout: float = setting(300.0, "seconds without progress of a worker that end the job", above=0)
 
 
@@ -99,6 +102,9 @@ class OptimizerConfig:
     moments_dtype: AutoDtype = setting("auto", "dtype of the optimizer's state; auto: at least float32")
     master_weights: Literal["auto", "none", "float32"] = setting(
         "auto", "wider copy that is updated; auto: float32 for bfloat16 parameters"
+    )
+    groups: list[dict[str, Any]] = setting(
+        factory=list, help="first match wins: [{match: '*norm*', optimizer: NAME, KEY: VALUE}]"
     )
     settings: Any = plugin("apps.training.optimizers")
 
