@@ -7,7 +7,7 @@ replays.
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,9 +62,8 @@ class GraphedProgram(CompiledProgram):
         record.graph.replay()
         # the next replay overwrites these, and a loss may be read a step late
         self.measuring.phases.marks = record.marks
-        result = {each.name: getattr(record.result, each.name) for each in fields(record.result)}
-        clones: dict[str, Any] = {name: None if each is None else each.clone() for name, each in result.items()}
-        return StepResult(**clones)
+        norm = record.result.grad_norm
+        return StepResult(record.result.loss.clone(), None if norm is None else norm.clone())
 
     def _record(
         self,

@@ -55,12 +55,8 @@ class Unmeasured:
     def count_hits(self, accuracy: Tensor) -> None:
         """Add a part's Σ grad_scale over the positions whose likeliest token is the label, 0-d."""
 
-    def finish(self, reducer: Reducer) -> tuple[Tensor | None, Tensor | None]:
-        """The step ends: the table and the accuracy of all workers together; None for a step that is not measured.
-
-        Every worker has to call it at the same point.
-        """
-        return None, None
+    def finish(self, reducer: Reducer) -> None:
+        """The step ends: sum over the workers, which have to call it at the same point."""
 
     def state(self) -> dict[str, Tensor]:
         """What the next step needs of the last one, as `<parameter>.last_gradient`, `.last_update`: the live tensors.
@@ -77,13 +73,13 @@ class Measuring(Unmeasured):
     """Measures the steps whose number `every` divides. `names`: all parameters that are trained, in order.
 
     `weights`: the numbers that this worker updates in place, by full name. It keeps the last gradient and the last
-    update of those, in at least float32.
+    update of those, in at least float32. Behind a measured step, until the next one: `table` [names, COLUMNS] float64,
+    the same on every worker, and `accuracy` 0-d.
     """
 
-    def __init__(self, names: Sequence[str], weights: Mapping[str, Tensor], every: int) -> None:
+    def __init__(self, names: Sequence[str], weights: Mapping[str, Tensor], every: int, device: torch.device) -> None:
         self.names, self.every = tuple(names), every
         self.weights = {name: weight.detach() for name, weight in weights.items()}
-        device = next(iter(weights.values())).device if weights else torch.device("cpu")
         self.last_gradient = {name: _wide_zeros(weight) for name, weight in self.weights.items()}
         self.last_update = {name: _wide_zeros(weight) for name, weight in self.weights.items()}
         self.table = torch.zeros(len(names), len(COLUMNS), dtype=torch.float64, device=device)
@@ -99,7 +95,7 @@ class Measuring(Unmeasured):
     def begin(self, step: int) -> None:
         measured, followed = step % self.every == 0, (step + 1) % self.every == 0
         self.mode = Mode.MEASURE if measured else Mode.KEEP if followed else Mode.OFF
-        if measured and not self._is_kept:
+        if measured and not self._is_kept and self.weights:
             torch._foreach_zero_([*self.last_gradient.values(), *self.last_update.values()])
         self._is_kept = self.mode is not Mode.OFF
 
@@ -149,13 +145,13 @@ class Measuring(Unmeasured):
     def count_hits(self, accuracy: Tensor) -> None:
         self.accuracy += accuracy
 
-    def finish(self, reducer: Reducer) -> tuple[Tensor | None, Tensor | None]:
+    def finish(self, reducer: Reducer) -> None:
         if not self.measures:
-            return None, None
+            return
+        reducer.sum_(self.accuracy)
+        if reducer.shards:
+            reducer.sum_(self.table)
         self.phases.finish()
-        accuracy = reducer.sum_(self.accuracy.clone())
-        table = self.table.clone()
-        return (reducer.sum_(table) if reducer.shards else table), accuracy
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.mode is Mode.OFF else self._kept()

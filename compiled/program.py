@@ -32,14 +32,11 @@ Sink = Callable[[int, Gradients], None]  # (group, its gradients of this microba
 class StepResult:
     """0-d tensors: Σ grad_scale · CE over microbatches and workers, and the gradients' global norm before clipping.
 
-    The norm is None when gradients are not clipped. Of a measured step also `statistics` [parameters, COLUMNS of
-    measuring.py] and `accuracy` 0-d, Σ grad_scale over the positions whose likeliest token is the label.
+    The norm is None when gradients are not clipped.
     """
 
     loss: Tensor
     grad_norm: Tensor | None
-    statistics: Tensor | None = None
-    accuracy: Tensor | None = None
 
 
 class CompiledProgram:
@@ -125,8 +122,8 @@ class CompiledProgram:
         update(summed, coefficient)
         statistics.write(self.reducer)
         self.reducer.settle()
-        loss = self.reducer.sum_(loss)
-        return StepResult(loss, norm, *self.measuring.finish(self.reducer))
+        self.measuring.finish(self.reducer)
+        return StepResult(self.reducer.sum_(loss), norm)
 
     @torch.no_grad()
     def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> Gradients:

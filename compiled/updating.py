@@ -61,7 +61,7 @@ class Updater:
     def _measuring(self, model: nn.Module, every: int) -> Measuring:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         weights = {name: states.get("master", self.binding.tensors[name]) for name, states in self.state.items()}
-        return Measuring(trained, weights, every)
+        return Measuring(trained, weights, every, self.device)
 
     def update(
         self, group: int, gradients: Gradients, hyperparameters: Tensor, coefficient: Tensor, *, wide: bool

@@ -13,26 +13,34 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from apps.training.config_schema import TrainConfig
+from apps.training.host_copy import HostCopy
 from apps.training.reporting.records import StepRecord
+from apps.training.step_plan import StepPlan
 from compiled.measuring import COLUMNS, KINDS, Measuring
+
+if TYPE_CHECKING:
+    from apps.training.checkpointing.saving import Resumed
 
 ALL = "all"
 _PART = re.compile(r"^(?:model\.)?(.*?\.\d+)\.")  # up to the number of a block
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A measured step's numbers on the host: the table [parameters, COLUMNS] and the share of tokens predicted."""
+class MeasuredStep:
+    """A measured step, whose numbers may still be on their way: the table [parameters, COLUMNS], accuracy, time."""
 
-    table: Tensor
-    accuracy: float
-    seconds: Mapping[str, float]  # by phase
+    table: HostCopy
+    accuracy: HostCopy
+    phases: Callable[[], Mapping[str, float]]
+    reading: float  # seconds it took to read the rows
 
 
 @dataclass
@@ -48,24 +56,36 @@ class RunStatistics:
     sums: dict[str, float] = field(default_factory=dict)
     latest: tuple[int, dict[str, float]] = (0, {})
 
-    def tell(self, record: StepRecord, measured: Measured | None) -> None:
+    def begin(self, step: int) -> None:
+        """The device is about to be given `step`."""
+        self.measuring.begin(step)
+
+    def copy(self, reading: float) -> MeasuredStep | None:
+        """It has been given the step: fetch its numbers if it is measured, before a later one replaces them."""
+        measuring = self.measuring
+        if not measuring.measures:
+            return None
+        return MeasuredStep(HostCopy(measuring.table), HostCopy(measuring.accuracy), measuring.phases.seconds, reading)
+
+    def tell(self, record: StepRecord, measured: MeasuredStep | None) -> None:
         """A step was taken, and perhaps measured."""
         last_loss, self.last_loss = self.last_loss, record.loss
         if measured is None:
             return
-        values = {"accuracy": measured.accuracy}
+        table, values = measured.table.read(), {"accuracy": measured.accuracy.read().item()}
         summed: dict[str, float] = {}
         if last_loss is not None:
             summed["loss_change"] = record.loss - last_loss
         for name, rows in self.groups.items():
-            norms, products = _of_group(measured.table[list(rows)])
+            norms, products = _of_group(table[list(rows)])
             values |= {f"{key}/{name}": value for key, value in norms.items()}
             summed |= {f"{key}/{name}": value for key, value in products.items()}
         for key, value in summed.items():
             self.sums[f"sum_{key}"] = self.sums.get(f"sum_{key}", 0.0) + value
         values |= summed | {f"sum_{key}": self.sums[f"sum_{key}"] for key in summed}
-        other = record.seconds - sum(measured.seconds.values())
-        for phase, seconds in {**measured.seconds, "other": max(other, 0.0)}.items():
+        phases = {"data": measured.reading, **measured.phases()}
+        phases["other"] = max(record.seconds - sum(phases.values()), 0.0)
+        for phase, seconds in phases.items():
             values |= {f"seconds/{phase}": seconds, f"share/{phase}": seconds / record.seconds}
         self.latest = (record.step, values)
 
@@ -74,11 +94,24 @@ class RunStatistics:
         return self.latest[1] if self.latest[0] == step else {}
 
 
-def groups_of(names: Sequence[str], by: str) -> dict[str, list[int]]:
-    """Group → its rows, for the parameters `names` in order; `by`: "part" or "parameter". All of them come first."""
-    groups: dict[str, list[int]] = {ALL: list(range(len(names)))}
-    for row, name in enumerate(names):
-        groups.setdefault(part_of(name) if by == "part" else name, []).append(row)
+def make_statistics(config: TrainConfig, plan: StepPlan, program: Any, resumed: Resumed) -> RunStatistics | None:
+    """The statistics that the settings ask for, going on where the resumed run was."""
+    if config.logging.stats_every is None:
+        return None
+    names = program.measuring.names
+    if config.logging.stats_by == "group":
+        labels = {name: f"{number}-{group.name}" for number, group in enumerate(plan.groups) for name in group.shapes}
+    else:
+        labels = {name: part_of(name) if config.logging.stats_by == "part" else name for name in names}
+    last_loss = resumed.records[-1].loss if resumed.records else None
+    return RunStatistics(program.measuring, rows_by([labels[name] for name in names]), last_loss, resumed.sums)
+
+
+def rows_by(labels: Sequence[str]) -> dict[str, list[int]]:
+    """Group → its rows, for parameters with these labels; the group of all comes first."""
+    groups: dict[str, list[int]] = {ALL: list(range(len(labels)))}
+    for row, label in enumerate(labels):
+        groups.setdefault(label, []).append(row)
     return groups
 
 

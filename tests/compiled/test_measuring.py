@@ -25,7 +25,7 @@ class Reference:
 
     def __init__(self, compiled: Compiled) -> None:
         self.model = compiled.model()
-        self.twin = EagerProgram(self.model, optimizer="adamw", precision=compiled.plan.precision)
+        self.twin = EagerProgram(self.model, precision=compiled.plan.precision)
         self.last: dict[str, tuple[Tensor, Tensor]] | None = None
 
     def step(self, batches: Any, hyper: Tensor, clip: float | None) -> Table:
@@ -83,13 +83,11 @@ def test_every_number_is_its_definition_on_the_eager_twin(
         batches = [tiny.batch(10 * step + index, 0.7, of=40) for index in range(microbatches)]
         hyper = tiny.hyperparameters(model, step)
         program.measuring.begin(step)
-        result = program.train_step(batches, hyper, clip)
+        program.train_step(batches, hyper, clip)
         expected = reference.step(batches, hyper, clip)
-        if step % every:
-            assert result.statistics is None
-            assert result.accuracy is None
-            continue
-        assert_close(by_name(program.measuring.names, result.statistics), expected, 1e-10)
+        assert program.measuring.measures == (step % every == 0)
+        if step % every == 0:
+            assert_close(by_name(program.measuring.names, program.measuring.table), expected, 1e-10)
 
 
 def test_accuracy_is_the_weight_of_the_positions_whose_label_is_likeliest(tiny: Compiled) -> None:
@@ -104,9 +102,9 @@ def test_accuracy_is_the_weight_of_the_positions_whose_label_is_likeliest(tiny: 
         hits = [model(input_ids=batch["input_ids"]).logits.argmax(-1) == batch["labels"] for batch in batches]
     expected = sum((hit * batch["grad_scale"]).sum().item() for hit, batch in zip(hits, batches, strict=True))
     program.measuring.begin(1)
-    result = program.train_step(batches, tiny.hyperparameters(model, 1), None)
+    program.train_step(batches, tiny.hyperparameters(model, 1), None)
     assert expected > 0.3
-    assert result.accuracy.item() == pytest.approx(expected, rel=1e-12)
+    assert program.measuring.accuracy.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_measuring_changes_no_bit_of_the_training(tiny: Compiled) -> None:
@@ -130,8 +128,8 @@ def test_bfloat16_weights_with_masters_are_measured_by_their_masters(compile_ste
     for step in (1, 2):
         before = {name: master.double().clone() for name, master in masters.items()}
         program.measuring.begin(step)
-        result = program.train_step([compiled.batch(step)], compiled.hyperparameters(model, step), 1.0)
-        table = by_name(program.measuring.names, result.statistics)
+        program.train_step([compiled.batch(step)], compiled.hyperparameters(model, step), 1.0)
+        table = by_name(program.measuring.names, program.measuring.table)
         for name, master in masters.items():
             update = master.double() - before[name]
             assert table[name]["update_l1"] == pytest.approx(update.abs().sum().item(), rel=1e-5)
@@ -146,7 +144,8 @@ def test_a_resumed_run_measures_the_same_bits(tiny: Compiled, every: int) -> Non
     results, saved = {}, {}
     for step in range(1, 7):
         program.measuring.begin(step)
-        results[step] = program.train_step([tiny.batch(step)], tiny.hyperparameters(whole, step), 1.0).statistics
+        program.train_step([tiny.batch(step)], tiny.hyperparameters(whole, step), 1.0)
+        results[step] = program.measuring.table.clone()
         state = {name: tensor.clone() for name, tensor in program.optimizer_state().items()}
         saved[step] = (state, {name: each.detach().clone() for name, each in whole.named_parameters()})
     for stop in (3, 4):
@@ -159,13 +158,17 @@ def test_a_resumed_run_measures_the_same_bits(tiny: Compiled, every: int) -> Non
         resumed.load_optimizer_state(state)
         for step in range(stop + 1, 7):
             resumed.measuring.begin(step)
-            again = resumed.train_step([tiny.batch(step)], tiny.hyperparameters(model, step), 1.0).statistics
-            assert (again is None) == (results[step] is None)
-            assert again is None or torch.equal(again, results[step])
+            resumed.train_step([tiny.batch(step)], tiny.hyperparameters(model, step), 1.0)
+            if resumed.measuring.measures:
+                assert torch.equal(resumed.measuring.table, results[step])
 
 
 def some(values: list[float]) -> dict[str, Tensor]:
     return {"a": torch.tensor(values, dtype=torch.float64)}
+
+
+def unit(values: list[float], every: int) -> Measuring:
+    return Measuring(["a"], some(values), every, torch.device("cpu"))
 
 
 def measured(measuring: Measuring, step: int, weight: list[float], gradient: list[float]) -> dict[str, float] | None:
@@ -175,12 +178,12 @@ def measured(measuring: Measuring, step: int, weight: list[float], gradient: lis
     measuring.before_update(some(gradient))
     measuring.weights["a"].sub_(some(gradient)["a"])
     measuring.after_update(["a"])
-    table, _ = measuring.finish(OneWorker())
-    return None if table is None else by_name(["a"], table)["a"]
+    measuring.finish(OneWorker())
+    return by_name(["a"], measuring.table)["a"] if measuring.measures else None
 
 
 def test_numbers_that_are_not_finite_are_counted() -> None:
-    row = measured(Measuring(["a"], some([0.0] * 4), 1), 1, [1.0] * 4, [math.nan, math.inf, -math.inf, 1.0])
+    row = measured(unit([0.0] * 4, 1), 1, [1.0] * 4, [math.nan, math.inf, -math.inf, 1.0])
     assert row["nonfinite"] == 3
     assert math.isnan(row["grad_l1"])
     assert row["param_l1"] == 4
@@ -188,22 +191,22 @@ def test_numbers_that_are_not_finite_are_counted() -> None:
 
 def test_the_last_step_is_the_one_right_before_this_one_or_none() -> None:
     """A measured step that follows one whose numbers were not kept must not take older ones for the last."""
-    measuring = Measuring(["a"], some([0.0, 0.0]), 10)
+    measuring = unit([0.0, 0.0], 10)
     kept = {}
     for step in range(1, 11):
         row = measured(measuring, step, [1.0, 1.0], [float(step), 1.0])
         kept[step] = measuring.state()
     assert (row["dot_last_grad"], row["dot_last_update"]) == (9 * 10 + 1, -(9 * 10 + 1))
     assert [step for step, state in kept.items() if state] == [9, 10]
-    shorter = Measuring(["a"], some([0.0, 0.0]), 3)
+    shorter = unit([0.0, 0.0], 3)
     shorter.load_state({name: tensor.clone() for name, tensor in kept[10].items()})
     assert measured(shorter, 11, [1.0, 1.0], [1.0, 1.0]) is None
     assert measured(shorter, 12, [1.0, 1.0], [2.0, 1.0])["dot_last_grad"] == 1 * 2 + 1
-    strange = Measuring(["a"], some([0.0, 0.0]), 1)
+    strange = unit([0.0, 0.0], 1)
     strange.load_state({})
     row = measured(strange, 13, [1.0, 1.0], [1.0, 1.0])
     assert (row["last_grad_square"], row["last_update_square"]) == (0, 0)
-    late = Measuring(["a"], some([0.0, 0.0]), 2)
+    late = unit([0.0, 0.0], 2)
     late.load_state({name: tensor.clone() for name, tensor in kept[10].items()})
     late.begin(21)  # keeps nothing of its own here: what was loaded is older
     late.begin(23)
