@@ -123,9 +123,12 @@ class Saver:
 
     @property
     def nbytes(self) -> int:
-        """About what one checkpoint takes on the disk: weights, moments and masters of all workers."""
+        """About what one checkpoint takes on the disk: weights, moments, masters, and what statistics need, of all."""
         precision = self.config.precision
-        bits = BITS[precision.parameters] + (0 if precision.master == "none" else BITS[precision.master])
+        master = 0 if precision.master == "none" else BITS[precision.master]
+        bits = BITS[precision.parameters] + master
+        if self.config.logging.stats_every is not None:
+            bits += 2 * max(BITS[precision.parameters], master, 32)
         bits *= sum(weight.numel() for weight in weights_of(self.model).values())
         moments = state_elements(parameter_groups(self.config.optimizer, self.model))
         return (bits + moments * BITS[precision.moments]) // 8
