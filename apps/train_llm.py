@@ -26,7 +26,7 @@ from apps.training.checkpointing.resume import goes_on_in_place, resumed_setting
 from apps.training.cli import INTERRUPTED, run_main
 from apps.training.config import parse, to_yaml
 from apps.training.config_schema import TrainConfig
-from apps.training.reporting.output_folder import METRICS, MetricsFile, require_free, require_room, start_run
+from apps.training.reporting.output_folder import require_free, require_room, start_run
 from apps.training.workers.launch import find_launch, own_gpu
 from backends.errors import UserError
 
@@ -101,11 +101,13 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.memory import available_memory, gibibytes, require_memory
     from apps.training.models import load_weights
     from apps.training.outcome import Outcome, save_outcome
+    from apps.training.parameter_groups import groups_table
     from apps.training.programs import make_program, require_artifact, run_memory
+    from apps.training.recipe import make_recipe
     from apps.training.reporting.lines import overview, settings_text
     from apps.training.reporting.throughput import training_flops_per_token
     from apps.training.steps import accumulation_steps, count_steps
-    from apps.training.trainer import Trainer, make_recipe
+    from apps.training.trainer import Trainer
 
     # The step: which model, which backend computes which layer, and the machine code for it. No weights yet.
     settings, output, length = config.training, Path(config.training.output_dir), config.model.max_seq_length
@@ -139,6 +141,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     count = count_steps(loader.steps_per_epoch, settings, tokens_per_step=rows_per_step * length, sizes=plan.sizes)
     print(f"Dataset: {loader.description()}")
     print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}")
+    print(groups_table(plan.groups))
     print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
     if resumed.step >= count.total and (output / "report.html").exists():
         print(f"All {count.total} steps were taken: {checkpoint}. Nothing is left to do.")
@@ -152,10 +155,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     trainer = Trainer(
         program=program,
         workers=workers,
-        parameters=list(model.parameters()),
-        recipe=make_recipe(
-            config.optimizer, config.schedule, total_steps=count.total, max_grad_norm=settings.max_grad_norm
-        ),
+        names=[name for name, _ in model.named_parameters()],
+        recipe=make_recipe(config, plan.groups, count.total),
         count=count,
         accumulation=accumulation,
         device=device,
@@ -203,12 +204,13 @@ def take_steps(
     from apps.training.evaluating import Evaluator
     from apps.training.progress import Progress
     from apps.training.reporting.lines import live_fields, step_line
+    from apps.training.reporting.run_reports import RunReports
     from apps.training.trainer import NonFiniteLoss
 
     count, evaluator = trainer.count, Evaluator(config, trainer, loader, stop.asked)
-    path = Path(config.training.output_dir) / METRICS
+    rows_per_step = config.training.batch_size * trainer.accumulation * loader.world_size
     with (
-        MetricsFile(path, outcome.steps) if loader.rank == 0 else nullcontext() as metrics,
+        RunReports(config, outcome, rows_per_step=rows_per_step) if loader.rank == 0 else nullcontext() as reports,
         Progress(count.total, "Training", "steps", mode=config.logging.progress) as progress,
     ):
         progress.update(len(outcome.steps))
@@ -216,8 +218,8 @@ def take_steps(
         try:
             for record in steps:
                 outcome.steps.append(record)
-                if metrics is not None:
-                    metrics.append(record)
+                if reports is not None:
+                    reports.append(record, progress)
                 if record.step % config.logging.every == 0 or record.step == count.total:
                     progress.write(step_line(record, count.position(record.step), loader.world_size))
                 progress.update(1, **live_fields(record, outcome.utilisation(record)))

@@ -1,7 +1,7 @@
 """How long N workers take from the command to the end of the first step, against one worker; runs in turns.
 
     python benchmarks/start_up.py [workers=2 rounds=5 launcher="mpirun -np"] SETTINGS
-    python benchmarks/start_up.py workers=2 launcher="torchrun --nproc-per-node" checkpoint.config_name=…
+    python benchmarks/start_up.py workers=2 launcher="torchrun --no-python --nproc-per-node" checkpoint.config_name=…
 
 Real runs of apps/train_llm.py, each worker with the same rows, both numbers of workers behind the same launcher: on
 CPUs through gloo, on GPUs through NCCL. A run is timed until the first row is in its CSV. The artifact is compiled

@@ -114,9 +114,8 @@ def hyperparameters(plan, model, device):
     from apps.training.hyperparameters import hyperparameter_table
     from backends.precision import as_torch, at_least_float32
 
-    optimizer, dtype = type(plan.optimizer), as_torch(at_least_float32(plan.precision.parameters))
-    settings = optimizer.Config(lr=1e-4)
-    return hyperparameter_table(list(model.parameters()), optimizer, settings, step=1, lr=1e-4, dtype=dtype).to(device)
+    names, dtype = [name for name, _ in model.named_parameters()], as_torch(at_least_float32(plan.precision.parameters))
+    return hyperparameter_table(names, plan.groups, step=1, rate=lambda peak: 1e-4, dtype=dtype).to(device)
 
 
 def regions_step(artifact, plan, model, graph: str) -> Callable[[], None]:

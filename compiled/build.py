@@ -11,6 +11,7 @@ from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.artifact import pack
 from compiled.capture_parts import Optimizer
+from compiled.groups import describe_optimizers
 from compiled.parallel import Report, lower_all
 from compiled.regions import RegionSpec
 from compiled.schedule import Schedule, capture_step
@@ -21,7 +22,7 @@ from compiled.stages import StagedModel
 def build(
     model: StagedModel,
     spec: StepSpec,
-    optimizer: Optimizer,
+    optimizers: Mapping[str, Optimizer],
     policy: PrecisionPolicy,
     *,
     routing: Sequence[Mapping[str, Any]] = (),
@@ -31,14 +32,15 @@ def build(
 ) -> bytes:
     """Compile the train step of `model` (on the meta device) for `spec` and return the artifact's bytes.
 
-    `routing`: the rows of the plan that gave every layer its backend, for people who inspect the artifact; what a run
-    is compared with is in `spec`. `workers` processes lower regions side by side (None: one for each core). `debug`
-    keeps graphs and generated code in that folder.
+    `optimizers`: the update rule of each trained parameter, by its full name. `routing`: the rows of the plan that gave
+    every layer its backend, for people who inspect the artifact; what a run is compared with is in `spec`. `workers`
+    processes lower regions side by side (None: one for each core). `debug` keeps graphs and generated code in that
+    folder.
     """
     started = time.perf_counter()
     lowering.require_compiler(spec.device["kind"])
     with lowering.determinism(spec.deterministic):
-        regions, schedule = capture_step(model, spec, optimizer, policy)
+        regions, schedule = capture_step(model, spec, optimizers, policy)
     specs = {name: captured.spec for name, captured in regions.items()}
     files = {f"graphs/{name}.txt": lowering.graph_text(captured.graph).encode() for name, captured in regions.items()}
     if debug is not None:
@@ -59,7 +61,7 @@ def build(
         "routing": list(routing),
         "regions": {name: region.to_json() for name, region in specs.items()},
         "schedule": schedule.to_json(),
-        "optimizer": {"state": list(optimizer.state_names), "hyperparameters": list(optimizer.hyperparameter_names)},
+        "optimizer": describe_optimizers(optimizers, schedule.updates),
         "parameters": sum(parameter.numel() for _, parameter in model.named_parameters()),
         "trained_parameters": sum(each.numel() for _, each in model.named_parameters() if each.requires_grad),
         "cost": step_cost(specs, schedule, spec),

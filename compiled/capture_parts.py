@@ -5,7 +5,7 @@ each chunk. Loss = Σ grad_scale · CE, and grad_scale comes in as a tensor: a d
 in.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,16 +17,26 @@ from compiled.stages import Stage, StagedModel, canonical_names, stage_of
 
 
 class Optimizer(Protocol):
-    """A pure per-tensor update rule; every number that may change between runs is in `hyper`, a 0-d tensor each."""
+    """A pure update rule; every number that may change between runs is in `hyper`, a 0-d tensor each."""
 
     @property
-    def state_names(self) -> Sequence[str]: ...
+    def key(self) -> str:
+        """Equal for two rules that trace to the same graph."""
+
     @property
     def hyperparameter_names(self) -> Sequence[str]: ...
 
-    def update(
-        self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def state_shapes(self, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        """State → shape, for a parameter of `shape`."""
+
+    def update_group(
+        self,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        states: Mapping[str, Mapping[str, Tensor]],
+        hypers: Mapping[str, Mapping[str, Tensor]],
+    ) -> Mapping[str, tuple[Tensor, Mapping[str, Tensor]]]:
+        """New parameter and state of several tensors, by name."""
 
 
 class _Head(nn.Module):
@@ -126,51 +136,67 @@ def capture_head(
 
 def capture_update(
     name: str,
-    optimizer: Optimizer,
+    optimizers: Mapping[str, Optimizer],
     parameters: dict[str, Tensor],
     gradient_dtypes: dict[str, torch.dtype],
     policy: PrecisionPolicy,
     sources: Sources,
+    columns: int,
 ) -> Captured:
-    """The optimizer's update of a group of parameters, in place, one region.
+    """The update of a group of parameters, each by its optimizer, in place, one region.
 
-    Inputs: `hyperparameters` [number of parameters, number of hyper-parameters] (a row each, so that every parameter
-    may have its own rate and decay), `grad_coef` 0-d (clipping), then for each parameter p: p, `grad_p`, `<state>_p`…,
-    `master_p` if there is one. Arithmetic is done in at least float32; output: a copy of grad_coef (a region must
-    return something).
+    Inputs: `hyperparameters` [number of parameters, `columns`] (a row each, so that every parameter may have its own
+    rate and decay; the first columns are its optimizer's), `grad_coef` 0-d (clipping), then for each parameter p: p,
+    `grad_p`, `<state>_p`…, `master_p` if there is one. Arithmetic is done in at least float32; output: a copy of
+    grad_coef (a region must return something).
     """
     with_master = policy.master != "none"
     work = as_torch(policy.master) if with_master else accumulation_dtype(as_torch(policy.parameters))
     inputs = {
-        "hyperparameters": sources.empty((len(parameters), len(optimizer.hyperparameter_names)), work),
+        "hyperparameters": sources.empty((len(parameters), columns), work),
         "grad_coef": sources.empty((), work),
     }
+    states = {each: optimizers[each].state_shapes(tuple(tensor.shape)) for each, tensor in parameters.items()}
     mutated = []
     for parameter_name, tensor in parameters.items():
         inputs[parameter_name] = sources.like(tensor)
         inputs[f"grad_{parameter_name}"] = sources.empty(tensor.shape, gradient_dtypes[parameter_name])
-        for state in optimizer.state_names:
-            inputs[f"{state}_{parameter_name}"] = sources.empty(tensor.shape, as_torch(policy.moments))
+        for state, shape in states[parameter_name].items():
+            inputs[f"{state}_{parameter_name}"] = sources.empty(shape, as_torch(policy.moments))
         if with_master:
             inputs[f"master_{parameter_name}"] = sources.empty(tensor.shape, as_torch(policy.master))
-        mutated += [parameter_name, *(f"{state}_{parameter_name}" for state in optimizer.state_names)]
+        mutated += [parameter_name, *(f"{state}_{parameter_name}" for state in states[parameter_name])]
         mutated += [f"master_{parameter_name}"] if with_master else []
+    rows = {parameter_name: row for row, parameter_name in enumerate(parameters)}
 
     def update(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, flat, strict=True))
-        for row, parameter_name in enumerate(parameters):
-            hyper = {
-                key: named["hyperparameters"][row, column] for column, key in enumerate(optimizer.hyperparameter_names)
-            }
-            current = named[f"master_{parameter_name}" if with_master else parameter_name].to(work)
-            gradient = named[f"grad_{parameter_name}"].to(work) * named["grad_coef"]
-            state = {key: named[f"{key}_{parameter_name}"].to(work) for key in optimizer.state_names}
-            new_parameter, new_state = optimizer.update(current, gradient, state, hyper)
-            for key, value in new_state.items():
-                named[f"{key}_{parameter_name}"].copy_(value)
-            if with_master:
-                named[f"master_{parameter_name}"].copy_(new_parameter)
-            named[parameter_name].copy_(new_parameter)
+        for optimizer, members in _by_optimizer(optimizers, parameters):
+            updated = optimizer.update_group(
+                {each: named[f"master_{each}" if with_master else each].to(work) for each in members},
+                {each: named[f"grad_{each}"].to(work) * named["grad_coef"] for each in members},
+                {each: {key: named[f"{key}_{each}"].to(work) for key in states[each]} for each in members},
+                {each: _numbers(optimizer, named["hyperparameters"], rows[each]) for each in members},
+            )
+            for each in members:
+                new_parameter, new_state = updated[each]
+                for key, value in new_state.items():
+                    named[f"{key}_{each}"].copy_(value)
+                if with_master:
+                    named[f"master_{each}"].copy_(new_parameter)
+                named[each].copy_(new_parameter)
         return (named["grad_coef"] + 0,)
 
     return capture_function(name, update, inputs, ["done"], mutated)
+
+
+def _by_optimizer(optimizers: Mapping[str, Optimizer], names: Iterable[str]) -> list[tuple[Optimizer, list[str]]]:
+    """The names each optimizer updates together, in the order in which they come."""
+    found: dict[str, tuple[Optimizer, list[str]]] = {}
+    for name in names:
+        found.setdefault(optimizers[name].key, (optimizers[name], []))[1].append(name)
+    return list(found.values())
+
+
+def _numbers(optimizer: Optimizer, table: Tensor, row: int) -> dict[str, Tensor]:
+    return {key: table[row, column] for column, key in enumerate(optimizer.hyperparameter_names)}

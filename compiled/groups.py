@@ -9,6 +9,8 @@ Where the two differ (bfloat16 parameters) a group has two regions, `direct` and
 matter of the run.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,19 +87,24 @@ def add_updates(
     embed: Stage,
     head: Stage,
     chunks: int,
-    optimizer: Optimizer,
+    optimizers: Mapping[str, Optimizer],
     policy: PrecisionPolicy,
     sources: Sources,
 ) -> list[dict[str, Any]]:
-    """Capture the update of every distinct group; returns a schedule entry for each block, the head, the embedding."""
-    known: dict[str, dict[str, str | None]] = {}
+    """Capture the update of every distinct group; returns a schedule entry for each block, the head, the embedding.
+
+    `optimizers`: the rule of each trained parameter, by its full name.
+    """
+    known: dict[str, dict[str, Any]] = {}
     entries = []
+    columns = max((len(each.hyperparameter_names) for each in optimizers.values()), default=0)
     ends = {"update_head": head_group(embed, head, chunks), "update_embed": embed_group(embed, head)}
     for label, group in [*((None, block_group(block)) for block in blocks), *ends.items()]:
-        kind = repr((group.shapes, group.direct))
+        rules = {local: optimizers[full] for local, full in group.names.items()}
+        kind = repr((group.shapes, group.direct, [rule.key for rule in rules.values()]))
         if kind not in known:
             label = label or f"update_{len(known)}"
-            known[kind] = _capture_group(regions, label, group, optimizer, policy, sources)
+            known[kind] = _capture_group(regions, label, group, rules, policy, sources, columns)
         entries.append(known[kind] | {"parameters": group.names})
     return entries
 
@@ -106,16 +113,30 @@ def _capture_group(
     regions: dict[str, Captured],
     label: str,
     group: Group,
-    optimizer: Optimizer,
+    rules: Mapping[str, Optimizer],
     policy: PrecisionPolicy,
     sources: Sources,
-) -> dict[str, str | None]:
+    columns: int,
+) -> dict[str, Any]:
+    """The regions of a group, and the shapes of its parameters' state."""
     if not group.shapes:
-        return {"direct": None, "summed": None}
+        return {"direct": None, "summed": None, "state": {}}
+    state = {local: dict(rules[local].state_shapes(shape)) for local, shape in group.shapes.items()}
     tensors = {name: sources.empty(shape, as_torch(policy.parameters)) for name, shape in group.shapes.items()}
-    regions[label] = capture_update(label, optimizer, tensors, group.direct, policy, sources)
+    regions[label] = capture_update(label, rules, tensors, group.direct, policy, sources, columns)
     if group.summed == group.direct:
-        return {"direct": label, "summed": label}
+        return {"direct": label, "summed": label, "state": state}
     summed = f"{label}_summed"
-    regions[summed] = capture_update(summed, optimizer, tensors, group.summed, policy, sources)
-    return {"direct": label, "summed": summed}
+    regions[summed] = capture_update(summed, rules, tensors, group.summed, policy, sources, columns)
+    return {"direct": label, "summed": summed, "state": state}
+
+
+def describe_optimizers(optimizers: Mapping[str, Optimizer], updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """For the manifest: the names of states and of numbers, each once, and how many elements of state there are."""
+    states = [state for entry in updates for state in entry["state"].values()]
+    numbers = (name for rule in optimizers.values() for name in rule.hyperparameter_names)
+    return {
+        "state": list(dict.fromkeys(name for state in states for name in state)),
+        "hyperparameters": list(dict.fromkeys(numbers)),
+        "state_elements": sum(math.prod(shape) for state in states for shape in state.values()),
+    }

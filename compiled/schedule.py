@@ -4,6 +4,7 @@ Each distinct part is traced once. Blocks are told apart by their structure, so 
 like one of 2; parts of different structure that still trace to one graph share their machine code.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,17 +36,24 @@ class Schedule:
 
 
 def capture_step(
-    model: StagedModel, spec: StepSpec, optimizer: Optimizer, policy: PrecisionPolicy
+    model: StagedModel, spec: StepSpec, optimizers: Mapping[str, Optimizer], policy: PrecisionPolicy
 ) -> tuple[Regions, Schedule]:
-    """Trace every distinct part of the step on fake tensors; returns the regions by name and their schedule."""
+    """Trace every distinct part of the step on fake tensors; returns the regions by name and their schedule.
+
+    `optimizers`: the update rule of each trained parameter, by its full name.
+    """
     device_type = spec.device["kind"]
     sources = Sources(lowering.fake_mode(), torch.device(device_type))
     with lowering.attention_context(device_type), lowering.quiet_torch():
-        return _capture_step(model, spec, optimizer, policy, sources)
+        return _capture_step(model, spec, optimizers, policy, sources)
 
 
 def _capture_step(
-    model: StagedModel, spec: StepSpec, optimizer: Optimizer, policy: PrecisionPolicy, sources: Sources
+    model: StagedModel,
+    spec: StepSpec,
+    optimizers: Mapping[str, Optimizer],
+    policy: PrecisionPolicy,
+    sources: Sources,
 ) -> tuple[Regions, Schedule]:
     regions: Regions = {}
     schedule = Schedule()
@@ -73,7 +81,7 @@ def _capture_step(
     schedule.head = {"train": "head_train", "evaluate": "head_evaluate", "chunks": spec.head_chunks} | slots(head)
 
     schedule.embed["lookup_rows"] = lookup_rows(embed, head)
-    schedule.updates = add_updates(regions, blocks, embed, head, spec.head_chunks, optimizer, policy, sources)
+    schedule.updates = add_updates(regions, blocks, embed, head, spec.head_chunks, optimizers, policy, sources)
     return regions, schedule
 
 

@@ -36,12 +36,14 @@ class Updater:
         self._rows = [self._row_index([row_of[full] for full in entry["parameters"].values()]) for entry in self.groups]
         reducer.assign([sum(parameters[full].nbytes for full in entry["parameters"].values()) for entry in self.groups])
         mine = [entry for index, entry in enumerate(self.groups) if reducer.owns(index)]
-        owned = {full for entry in mine for full in entry["parameters"].values()}
+        shapes = {full: entry["state"][local] for entry in mine for local, full in entry["parameters"].items()}
         self.state: dict[str, dict[str, Tensor]] = {}
         for name, parameter in parameters.items():
-            if name in owned:
-                names = manifest["optimizer"]["state"]
-                self.state[name] = {state: torch.zeros_like(parameter.detach(), dtype=moments_dtype) for state in names}
+            if name in shapes:
+                self.state[name] = {
+                    state: torch.zeros(shape, dtype=moments_dtype, device=self.device)
+                    for state, shape in shapes[name].items()
+                }
                 if master_dtype is not None:
                     self.state[name]["master"] = parameter.detach().to(master_dtype, copy=True)
         work = master_dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)

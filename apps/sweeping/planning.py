@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from apps.sweeping.trials import Planned, Trial
+from apps.training import optimizers
 from apps.training.config import parse, to_mapping
 from apps.training.config_schema import TrainConfig
 from backends.errors import UserError
@@ -126,6 +127,8 @@ def _step_settings(config: TrainConfig) -> str:
     del settings["schedule"], settings["logging"]
     for name in NOT_PLANNED:
         del settings["training"][name]
+    in_graph = optimizers.load(config.optimizer.name).structure
     for field in dataclasses.fields(config.optimizer.settings):
-        del settings["optimizer"][field.name]
+        if field.name not in in_graph:
+            del settings["optimizer"][field.name]
     return json.dumps(settings)

@@ -30,7 +30,7 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
         content = build(
             plan.model,
             plan.spec,
-            plan.optimizer,
+            plan.optimizers,
             plan.precision,
             routing=plan.routing.to_json(),
             workers=config.compile.workers,

@@ -1,28 +1,26 @@
 """From a command line to typed settings: `section.key=value …`, `config=FILE.yaml`, `+own.key=value`, `--help`.
 
 Values come from the schema's defaults, then the file, then the command line. Every mistake is one UserError that names
-the key, what was given and what was expected. omegaconf converts and checks each value against its annotation.
+the key, what was given and what was expected.
 """
 
 import dataclasses
-import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any, TypeVar, get_type_hints
 
 from apps.training.config_arguments import Assignment, choose_plugins, flatten, read_arguments
 from apps.training.config_help import help_text, names_note
-from apps.training.config_keys import Key, keys_of, plugin_config, unknown_key
+from apps.training.config_keys import keys_of, plugin_config, unknown_key
 from apps.training.config_rules import check_rules, with_rules_file
 from apps.training.config_schema import TrainConfig
+from apps.training.config_values import convert
 from apps.training.config_yaml import write_yaml
+from apps.training.loggers import require_installed
+from apps.training.optimizer_groups import group_settings
 from apps.training.token_budget import check_budget
-from backends.errors import UserError, did_you_mean
+from backends.errors import UserError
 from backends.yaml_reading import parse_yaml
 
 T = TypeVar("T")
@@ -68,7 +66,7 @@ def parse_dataclass(
     extra: dict[str, Any] = {}
     for item in given:
         if item.path in keys:
-            values[item.path] = _convert(keys[item.path], item)
+            values[item.path] = convert(keys[item.path], item)
         elif item.added and can_add:
             _add(extra, item)
         else:
@@ -118,61 +116,10 @@ def _check(config: TrainConfig) -> None:
             )
         check_budget(training.token_budget)
     check_rules(config.backend.rules, config.backend.default)
+    group_settings(config.optimizer)  # refuses what is no group
+    if config.command == "run":
+        require_installed(config.logging.report_to)
     assert config.precision  # refuses dtypes that do not go together
-
-
-def _convert(key: Key, item: Assignment) -> Any:
-    """The assigned value in the key's type; UserError when it does not fit the type or the range."""
-    value = item.value
-    if not item.origin:
-        value = _read_text(key, value)
-    elif isinstance(value, bool) and "on" in key.choices:
-        value = "on" if value else "off"  # YAML reads a bare on as true
-    if value is None and key.optional:
-        return None
-    if key.choices or (isinstance(value, str) and str in key.members):
-        if key.choices and value not in key.choices:
-            raise _wrong_value(key, item)
-        return value
-    # omegaconf has no unions with a mapping in them
-    mappings = [kind for kind in key.members if get_origin(kind) is dict and isinstance(value, dict)]
-    box = OmegaConf.structured(dataclasses.make_dataclass("Box", [("value", mappings[0] if mappings else key.type)]))
-    try:
-        OmegaConf.update(box, "value", value)
-        converted = OmegaConf.to_container(box)["value"]  # type: ignore[index,call-overload]
-    except OmegaConfBaseException:
-        raise _wrong_value(key, item) from None
-    if isinstance(converted, str) and key.plain_type is not str:  # "${x}": a reference, which settings do not have
-        raise _wrong_value(key, item)
-    if isinstance(converted, float | int) and not isinstance(converted, bool) and not _in_range(converted, key):
-        raise _wrong_value(key, item)
-    return converted
-
-
-def _read_text(key: Key, text: str) -> Any:
-    """What a command-line text spells: itself for a text or a choice, else YAML."""
-    if not text and not key.allow_empty:
-        null = f", or {key.path}=null to unset it" if key.optional else ""
-        raise UserError(f"'{key.path}=' has no value. Expected {key.expected}{null}.")
-    if text == "null":
-        return None
-    return text if key.choices or key.plain_type is str else parse_yaml(text, f"{key.path}={text}")
-
-
-def _in_range(value: float, key: Key) -> bool:
-    return (
-        math.isfinite(value)
-        and (key.above is None or value > key.above)
-        and (key.at_least is None or value >= key.at_least)
-        and (key.below is None or value < key.below)
-        and (key.at_most is None or value <= key.at_most)
-    )
-
-
-def _wrong_value(key: Key, item: Assignment) -> UserError:
-    given = item.value if isinstance(item.value, str) and not item.origin else json.dumps(item.value, default=str)
-    near = did_you_mean(str(item.value), map(str, key.choices))
-    return UserError(f"Wrong value {key.path}={given}{item.origin}. Expected {key.expected}.{near}")
 
 
 def _add(extra: dict[str, Any], item: Assignment) -> None:

@@ -90,6 +90,9 @@ class TrainingConfig:
     reduce_bucket_mb: int = setting(
         50, "MiB of gradients summed over workers at a time, at most 1/8 of all", at_least=1
     )
+    reduce_by: Literal["auto", "collectives", "copies"] = setting(
+        "auto", "copies: GPUs of a host fetch each other's; auto: if they can"
+    )
     worker_timeout: float = setting(300.0, "seconds without progress of a worker that end the job", above=0)
 
 
@@ -99,6 +102,9 @@ class OptimizerConfig:
     moments_dtype: AutoDtype = setting("auto", "dtype of the optimizer's state; auto: at least float32")
     master_weights: Literal["auto", "none", "float32"] = setting(
         "auto", "wider copy that is updated; auto: float32 for bfloat16 parameters"
+    )
+    groups: list[dict[str, Any]] = setting(
+        factory=list, help="first match wins: [{match: '*norm*', optimizer: NAME, KEY: VALUE}]"
     )
     settings: Any = plugin("apps.training.optimizers")
 
@@ -160,6 +166,13 @@ class LoggingConfig:
     every: int = setting(1, "print a line every so many steps", at_least=1)
     progress: Literal["auto", "on", "off"] = setting("auto", "live progress line; auto: on a terminal")
     sample_prompt: str | None = setting(None, "text the report continues with the trained model")
+    report_to: list[str] = setting(factory=list, help="loggers, any number: [csv, tensorboard, wandb, mlflow]")
+    project: str = setting("substrate", "the loggers' project, or experiment")
+    name: str | None = setting(None, "the loggers' name of the run; null: the output folder's")
+    run_id: str | None = setting(None, "the loggers' id of the run; null: chosen, in run_id.txt")
+    tags: list[str] = setting(factory=list, help="the loggers' tags of the run: [TAG, …]")
+    offline: bool = setting(False, "loggers write to OUTPUT_DIR and reach for no server")
+    records_per_second: float = setting(10.0, "at most so many records a second to the loggers", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """The train step without capture: plain autograd and torch.optim.AdamW on the same model.
 
-It is the compiled step's independent twin (`compile.target=eager`) and shares no code with it: the same interface, the
-same inputs, the same losses up to rounding. It needs no artifact, works with any causal language model whose forward
-returns `.logits`, and is what to debug a model or a backend with.
+It is the compiled step's independent twin (`compile.target=eager`) and shares no code with it but the update rules that
+torch.optim lacks: the same interface, the same inputs, the same losses up to rounding. It needs no artifact, works with
+any causal language model whose forward returns `.logits`, and is what to debug a model or a backend with.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from apps.training.hyperparameters import is_decayed
-from apps.training.optimizers.adamw import AdamW
-from backends.errors import UserError
+from apps.training.config_schema import OptimizerConfig
+from apps.training.eager_update import make_updates
+from apps.training.parameter_groups import ParameterGroup, parameter_groups
 from backends.precision import BITS, PrecisionPolicy, as_torch
 from backends.state import CollectedState, collect_state, require_calibrated, set_first_row
 from compiled.reduction import OneWorker, Reducer
@@ -39,12 +39,15 @@ class EagerProgram:
     """
 
     def __init__(
-        self, model: nn.Module, *, optimizer: str, precision: PrecisionPolicy, reducer: Reducer | None = None
+        self,
+        model: nn.Module,
+        *,
+        precision: PrecisionPolicy,
+        groups: Sequence[ParameterGroup] | None = None,
+        reducer: Reducer | None = None,
     ) -> None:
-        if optimizer != "adamw":
-            raise UserError(
-                f"compile.target=eager runs optimizer=adamw only, got '{optimizer}'. Use compile.target=inductor."
-            )
+        """`groups`: the rules of the parameters; None: the default optimizer's."""
+        groups = parameter_groups(OptimizerConfig(), model) if groups is None else groups
         self.model = model
         self.reducer: Reducer = reducer or OneWorker()
         self.reducer.assign([sum(parameter.nbytes for parameter in model.parameters())])
@@ -62,13 +65,7 @@ class EagerProgram:
             name: parameter if parameter.dtype == self.arithmetic else parameter.detach().to(self.arithmetic)
             for name, parameter in self.parameters.items()
         }
-        self.groups = [
-            [name for name, parameter in self.parameters.items() if is_decayed(parameter) == decayed]
-            for decayed in (True, False)
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [self.weights[name] for name in names]} for names in self.groups], fused=True
-        )
+        self.updates = make_updates(groups, self.weights)
         self.row_of = {name: row for row, (name, _) in enumerate(model.named_parameters())}
 
     def train_step(
@@ -76,18 +73,18 @@ class EagerProgram:
     ) -> StepResult:
         """One optimizer step over `microbatches` (input_ids, labels, grad_scale[, article_ids] on the device).
 
-        `hyperparameters` [parameters, hyperparameter_names] as `hyperparameter_table` makes it, on the host.
+        `hyperparameters` as `hyperparameter_table` makes it, on the host.
         """
         self.model.train()
         loss, gradients, states = self._loss_and_gradients(microbatches)
-        for name, weight in self.weights.items():
-            weight.grad = gradients[name]
         grad_norm = None
         if max_grad_norm is not None:
-            grad_norm = nn.utils.clip_grad_norm_(list(self.weights.values()), max_grad_norm)
-        self._set_hyperparameters(hyperparameters)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            grad_norm = nn.utils.get_total_norm(gradients.values())
+            scale = torch.clamp(max_grad_norm / (grad_norm + 1e-6), max=1.0)
+            torch._foreach_mul_(list(gradients.values()), scale)
+        rows = {name: hyperparameters[row] for name, row in self.row_of.items()}
+        for update in self.updates:
+            update.step(gradients, rows)
         self._store()
         self._store_state(states)
         return StepResult(loss, grad_norm)
@@ -110,15 +107,18 @@ class EagerProgram:
         return self._loss_and_gradients(microbatches)[1]
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """`<parameter>.<name>` → tensor: exp_avg, exp_avg_sq, the number of steps taken, and the master weight if any.
+        """`<parameter>.<name>` → tensor: the state of its rule (torch counts steps in it), and the master if any.
 
-        Nothing but masters before the first step. The tensors are the live ones, not copies.
+        Of torch's optimizer nothing before the first step. The tensors are the live ones, not copies.
         """
-        state: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            state |= {f"{name}.{key}": value for key, value in self.optimizer.state[weight].items()}
-            if self.has_masters:
-                state[f"{name}.master"] = weight
+        state = {
+            f"{name}.{key}": value
+            for update in self.updates
+            for name, states in update.state.items()
+            for key, value in states.items()
+        }
+        if self.has_masters:
+            state |= {f"{name}.master": weight for name, weight in self.weights.items()}
         return state
 
     @torch.no_grad()
@@ -129,8 +129,8 @@ class EagerProgram:
                 weight.copy_(tensors[f"{name}.master"])
             elif weight is not self.parameters[name]:
                 weight.copy_(self.parameters[name])
-            keys = (*AdamW.state_names, "step")
-            self.optimizer.state[weight] = {key: tensors[f"{name}.{key}"].clone() for key in keys}
+        for update in self.updates:
+            update.load(tensors)
 
     def _loss_and_state(self, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, CollectedState]:
         extra = {"article_ids": microbatch["article_ids"]} if "article_ids" in microbatch else {}
@@ -172,15 +172,6 @@ class EagerProgram:
                 value = sign * self.reducer.max_((sign * parts).amax(0))
             layer.get_buffer(name).copy_(value)
 
-    def _set_hyperparameters(self, table: Tensor) -> None:
-        for group, names in zip(self.optimizer.param_groups, self.groups, strict=True):
-            rows = table[[self.row_of[name] for name in names]]
-            assert (rows == rows[:1]).all(), "parameters of one group must share their hyper-parameters"
-            if names:
-                number = dict(zip(AdamW.hyperparameter_names, rows[0].tolist(), strict=True))
-                group["lr"], group["betas"] = number["lr"], (number["beta1"], number["beta2"])
-                group["eps"], group["weight_decay"] = number["eps"], number["weight_decay"]
-
     @torch.no_grad()
     def _store(self) -> None:
         """Write the wider copies back, rounding whatever the policy stores in a narrower dtype."""
@@ -190,9 +181,9 @@ class EagerProgram:
                 parameter.copy_(weight)
                 if not self.has_masters:
                     weight.copy_(parameter)
-            if self.moments_dtype != self.arithmetic:
-                for moment in AdamW.state_names:
-                    value = self.optimizer.state[weight][moment]
+        if self.moments_dtype != self.arithmetic:
+            for update in self.updates:
+                for value in update.moments():
                     value.copy_(value.to(self.moments_dtype))
 
 

@@ -39,7 +39,7 @@ def estimate(
     num_parameters: int,
     precision: PrecisionPolicy,
     *,
-    state_tensors: int,
+    state_tensors: float,
     activations: int,
     wide_gradients: bool,
     num_trained: int | None = None,
@@ -47,8 +47,8 @@ def estimate(
     """The peak of a run that holds `activations` bytes between forward and backward.
 
     `num_trained`: how many of the parameters have a gradient and optimizer state (None: all).
-    `state_tensors`: tensors of optimizer state for each parameter. `wide_gradients`: they are summed in at least
-    float32 (over microbatches, or for masters) rather than kept in the parameters' dtype.
+    `state_tensors`: numbers of optimizer state for each trained parameter. `wide_gradients`: they are summed in at
+    least float32 (over microbatches, or for masters) rather than kept in the parameters' dtype.
     """
     width = {name: BITS[dtype] // 8 for name, dtype in asdict(precision).items() if dtype != "none"}
     gradient = max(width["parameters"], 4) if wide_gradients else width["parameters"]
@@ -56,7 +56,7 @@ def estimate(
     return MemoryEstimate(
         parameters=num_parameters * width["parameters"],
         masters=trained * width.get("master", 0),
-        moments=trained * width["moments"] * state_tensors,
+        moments=round(trained * width["moments"] * state_tensors),
         gradients=trained * gradient,
         activations=activations,
     )
@@ -70,7 +70,7 @@ def compiled_estimate(
     return estimate(
         manifest["parameters"],
         precision,
-        state_tensors=len(manifest["optimizer"]["state"]),
+        state_tensors=manifest["optimizer"]["state_elements"] / max(manifest["trained_parameters"], 1),
         activations=cost["activation_bytes"] + cost["head_bytes"],
         wide_gradients=several_microbatches,
         num_trained=manifest["trained_parameters"],

@@ -17,7 +17,7 @@ from apps.training.reporting import page
 from apps.training.reporting.lines import unigram_line
 from apps.training.reporting.loss_plot import write_loss_plot
 from apps.training.reporting.records import Evaluation, StepRecord
-from apps.training.reporting.summary import headline, summary_text
+from apps.training.reporting.summary import headline, loss_lines, summary_text
 from apps.training.sampling import sample_text
 
 
@@ -56,6 +56,8 @@ def save_outcome(
     """Write everything into `output`, the checkpoint first, and say where it lies. `sample`: a text of its own too."""
     save_trained(model, output, dataset.tokenizer_folder, config)
 
+    for line in loss_lines(outcome.steps):
+        print(line)
     entropy = dataset.dev_unigram_cross_entropy or dataset.unigram_entropy
     if entropy is not None:
         print(unigram_line(entropy))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from apps.training.config_schema import TrainConfig
 from apps.training.eager_program import EagerProgram
 from apps.training.memory import (
@@ -15,9 +17,11 @@ from apps.training.memory import (
     of_one_worker,
     with_snapshot,
 )
+from apps.training.parameter_groups import state_elements
 from apps.training.step_plan import StepPlan, compile_command
 from apps.training.trainer import Program
 from apps.training.workers.group import Workers
+from apps.training.workers.peer_copies import MOST_WORKERS, PeerCopies, peers_in_reach
 from apps.training.workers.reducer import GradientReducer
 from backends.errors import UserError
 from backends.precision import BITS, as_torch
@@ -58,7 +62,7 @@ def make_program(
     """The program that trains `model` in place, one of `workers` alike."""
     precision, reducer = plan.precision, _reducer(config, workers)
     if artifact is None:
-        return EagerProgram(model, optimizer=config.optimizer.name, precision=precision, reducer=reducer)
+        return EagerProgram(model, groups=plan.groups, precision=precision, reducer=reducer)
     master = None if precision.master == "none" else as_torch(precision.master)
     return _program_class(config.run.cuda_graph, artifact)(
         artifact, model, moments_dtype=as_torch(precision.moments), master_dtype=master, reducer=reducer
@@ -83,7 +87,24 @@ def _reducer(config: TrainConfig, workers: Workers) -> Reducer | None:
         bucket_bytes=training.reduce_bucket_mb * 2**20,
         shards=training.shard_optimizer,
         before_waiting=lambda: workers.waiting("waiting for the others' gradients"),
+        copies=_peer_copies(training.reduce_by, workers),
     )
+
+
+def _peer_copies(asked: str, workers: Workers) -> PeerCopies | None:
+    """How the GPUs of one host sum by copies, if all of them can; None: by collectives."""
+    assert workers.device_group is not None
+    on_gpus = dist.get_backend(workers.device_group) == "nccl"
+    can = asked != "collectives" and on_gpus and peers_in_reach(workers.world_size, workers.local_world_size)
+    (able,) = workers.sum_counts(int(can))
+    if able == workers.world_size:
+        return PeerCopies(workers.device_group, rank=workers.rank, world_size=workers.world_size)
+    if asked == "copies":
+        raise UserError(
+            f"training.reduce_by=copies needs GPUs of one host that read each other's memory, 2 to {MOST_WORKERS}, all "
+            f"visible to each worker; {able} of {workers.world_size} workers have that. Use training.reduce_by=auto."
+        )
+    return None
 
 
 def _program_class(cuda_graph: str, artifact: Artifact) -> type[CompiledProgram]:
@@ -113,7 +134,7 @@ def run_memory(
         whole = estimate(
             num_parameters,
             precision,
-            state_tensors=len(plan.optimizer.state_names),
+            state_tensors=state_elements(plan.groups) / plan.num_trained,
             activations=eager_activations(plan.model_config, precision, batch_size=batch_size, seq_length=length),
             wide_gradients=several or BITS[precision.parameters] < BITS["float32"],
             num_trained=plan.num_trained,

@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import compiled
 import modelzoo
+from apps.training import optimizers
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import written
 from apps.training.lora import add_updates, spec_fields
 from apps.training.optimizers import Optimizer
-from apps.training.optimizers import load as load_optimizer
+from apps.training.parameter_groups import ParameterGroup, parameter_groups, rules_of
 from backends import layers, lora, state
 from backends.errors import UserError
 from backends.lora import Lora
@@ -52,7 +54,7 @@ class StepPlan:
     routing: Plan
     lora: Lora | None
     precision: PrecisionPolicy
-    optimizer: Optimizer
+    groups: list[ParameterGroup]
     spec: StepSpec
 
     @property
@@ -68,6 +70,11 @@ class StepPlan:
             "N": self.num_parameters,
             "N_non_embedding": self.num_parameters - sum(table.numel() for table in tables),
         }
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The update rule of each trained parameter, by its full name."""
+        return rules_of(self.groups)
 
     @property
     def num_trained(self) -> int:
@@ -94,7 +101,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
     model = modelzoo.build_meta(model_config, dtype=config.model.dtype)
     routing = route(model, config.backend.rules, config.backend.default)
     updates = add_updates(config.lora, model, config.training.seed)
-    optimizer = load_optimizer(config.optimizer.name)
+    groups = parameter_groups(config.optimizer, model)
     tokens = config.training.batch_size * config.model.max_seq_length
     spec = StepSpec(
         model_name=name,
@@ -105,14 +112,14 @@ def plan_step(config: TrainConfig) -> StepPlan:
         precision=_precision_fields(config.precision),
         article_attention=config.model.article_attention,
         head_chunks=head_chunks(config.compile.head_chunks, tokens, model_config.vocab_size, kind),
-        optimizer={"name": config.optimizer.name, "source": _file_fingerprint(inspect.getfile(optimizer))},
+        optimizer=_optimizer_fields(config.optimizer.name, groups),
         recompute=config.compile.recompute,
         device=describe_device(kind),
         versions=describe_versions(kind) | {"source": _source_fingerprint()},
         deterministic=kind == "cpu" or config.training.deterministic,
         lora=spec_fields(updates),
     )
-    return StepPlan(name, model_config, model, routing, updates, config.precision, optimizer(), spec)
+    return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec)
 
 
 def device_kind(arch: str) -> str:
@@ -181,9 +188,13 @@ def compile_command(config: TrainConfig) -> str:
     arguments += ["training.deterministic=true"] if config.training.deterministic else []
     optimizer, standard = config.optimizer, type(config.optimizer)()
     arguments += [f"optimizer={optimizer.name}"] if optimizer.name != standard.name else []
-    for key in ("moments_dtype", "master_weights"):
+    for key in ("moments_dtype", "master_weights", "groups"):
         if getattr(optimizer, key) != getattr(standard, key):
-            arguments.append(f"optimizer.{key}={getattr(optimizer, key)}")
+            arguments.append(f"optimizer.{key}={written(getattr(optimizer, key))}")
+    chosen = optimizers.load(optimizer.name)
+    for key in chosen.structure:
+        if getattr(optimizer.settings, key) != getattr(chosen.Config(), key):
+            arguments.append(f"optimizer.{key}={written(getattr(optimizer.settings, key))}")
     return "python apps/train_llm.py " + " ".join(map(shlex.quote, arguments))
 
 
@@ -212,6 +223,29 @@ def _routing_fields(routing: Plan) -> dict[str, Any]:
     }
 
 
+def _optimizer_fields(name: str, groups: Sequence[ParameterGroup]) -> dict[str, Any]:
+    """The optimizer's name, its code and its settings of the graph; with several rules, those of each and its names."""
+    by_key: dict[str, tuple[Optimizer, list[str]]] = {}
+    for group in groups:
+        by_key.setdefault(group.rule.key, (group.rule, []))[1].extend(group.shapes)
+    own = {key: {"source": _rule_fingerprint(rule)} | rule.fixed for key, (rule, _) in by_key.items()}
+    if len(own) == 1:
+        return {"name": name, **next(iter(own.values()))}
+    return {
+        "name": name,
+        "rules": {
+            key: fields | {"parameters": ", ".join(shorten(sorted(by_key[key][1])))} for key, fields in own.items()
+        },
+    }
+
+
+def _rule_fingerprint(rule: Optimizer) -> str:
+    """Of the files that a rule's class and its bases lie in, and of the code that optimizers share."""
+    files = {Path(inspect.getfile(base)) for base in type(rule).__mro__[:-1]}
+    files |= set(Path(optimizers.__path__[0]).glob("_[!_]*.py"))
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
+
+
 def _precision_fields(precision: PrecisionPolicy) -> dict[str, str]:
     return {name: getattr(precision, name) for name in type(precision).__dataclass_fields__}
 
@@ -225,7 +259,3 @@ def _source_fingerprint() -> str:
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
     files += [Path(str(module.__file__)) for module in (layers, lora, state)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]
-
-
-def _file_fingerprint(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]

@@ -12,19 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from apps.training.config_schema import OptimizerConfig, ScheduleConfig
 from apps.training.data.packing import Rows
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.loss import Batch, make_batch, microbatches
-from apps.training.optimizers import Optimizer
-from apps.training.optimizers import load as load_optimizer
+from apps.training.recipe import Recipe
 from apps.training.reporting.records import Evaluation, StepRecord
-from apps.training.schedules import load as load_schedule
 from apps.training.steps import StepCount
 from backends.precision import PrecisionPolicy, as_torch, at_least_float32
 
@@ -72,40 +69,16 @@ class NonFiniteLoss(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How weights are updated: the optimizer with its settings, the rate of each step, and clipping."""
-
-    optimizer: type[Optimizer]
-    settings: Any
-    learning_rate: Callable[[int], float]
-    max_grad_norm: float | None
-
-
-def make_recipe(
-    optimizer: OptimizerConfig, schedule: ScheduleConfig, *, total_steps: int, max_grad_norm: float | None
-) -> Recipe:
-    """The recipe that the settings name. The schedule's peak is the optimizer's `lr`."""
-    rate = load_schedule(schedule.name).learning_rate
-    peak = optimizer.settings.lr
-    return Recipe(
-        optimizer=load_optimizer(optimizer.name),
-        settings=optimizer.settings,
-        learning_rate=lambda step: rate(step, total_steps, peak, schedule.settings),
-        max_grad_norm=max_grad_norm,
-    )
-
-
-@dataclass(frozen=True)
 class Trainer:
     """Steps and evaluations of one run, of which this is one worker.
 
-    `parameters` are the model's, in order; a step takes `accumulation` microbatches of each worker. It runs the steps
-    `first_step` to `last_step` of the `count.total` that the whole run has.
+    `names` are those of the model's parameters, in order; a step takes `accumulation` microbatches of each worker. It
+    runs the steps `first_step` to `last_step` of the `count.total` that the whole run has.
     """
 
     program: Program
     workers: Workers
-    parameters: Sequence[Tensor]
+    names: Sequence[str]
     recipe: Recipe
     count: StepCount
     accumulation: int
@@ -205,9 +178,10 @@ class Trainer:
         if stops:
             return None
         self.workers.doing(f"computing step {step}")
-        lr = self.recipe.learning_rate(step)
+        recipe = self.recipe
+        lr = recipe.rate(step, recipe.peak)
         table = hyperparameter_table(
-            self.parameters, self.recipe.optimizer, self.recipe.settings, step=step, lr=lr, dtype=self.update_dtype
+            self.names, recipe.groups, step=step, rate=lambda peak: recipe.rate(step, peak), dtype=self.update_dtype
         )
         result = self.program.train_step(
             microbatches(

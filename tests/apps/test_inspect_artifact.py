@@ -38,7 +38,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(building, "lower_all", lower_all)
         routing = plan.routing.to_json()
-        path.write_bytes(building.build(plan.model, plan.spec, plan.optimizer, plan.precision, routing=routing))
+        path.write_bytes(building.build(plan.model, plan.spec, plan.optimizers, plan.precision, routing=routing))
     return path
 
 

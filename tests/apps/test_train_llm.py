@@ -61,7 +61,11 @@ def test_a_run_prints_and_writes_what_it_should(settings: dict[str, str], tiny_d
     assert len(STEP_LINE.findall(done.stdout)) == 4
     evaluation = re.search(r"^Evaluation loss: (\d+\.\d+), Perplexity: \d+\.\d+$", done.stdout, re.MULTILINE)
     assert float(evaluation.group(1)) == pytest.approx(dev_loss_by_transformers(out, tiny_dataset), abs=1e-4)
+    shown = [float(loss) for loss, _, _ in STEP_LINE.findall(done.stdout)]
     for line in (
+        f"Last training loss: {shown[-1]:.4f}",
+        f"Best training loss: {min(shown):.4f} (step {shown.index(min(shown)) + 1})",
+        f"Smoothed training loss: {shown[-1]:.4f} (mean of the last 1 steps)",
         f"Checkpoint saved at {out}/",
         f"Summary saved at {out}/summary.txt",
         f"Metrics saved at {out}/per_step_metrics.csv",

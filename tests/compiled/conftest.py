@@ -65,10 +65,9 @@ class Compiled:
         return batch
 
     def hyperparameters(self, model: Any, step: int, lr: float = 1e-3) -> Tensor:
-        optimizer = type(self.plan.optimizer)
         work = torch.float64 if self.plan.precision.parameters == "float64" else torch.float32
-        settings = optimizer.Config(lr=lr)
-        return hyperparameter_table(list(model.parameters()), optimizer, settings, step=step, lr=lr, dtype=work)
+        names = [name for name, _ in model.named_parameters()]
+        return hyperparameter_table(names, self.plan.groups, step=step, rate=lambda peak: lr, dtype=work)
 
 
 Compile = Callable[..., Compiled]
@@ -127,7 +126,7 @@ def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.Temp
             path = shared / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}-{plan.spec.key}.substrate"
             with FileLock(shared / "compile.lock"):  # one at a time: a compile takes every core
                 if not path.exists():
-                    content = build(plan.model, plan.spec, plan.optimizer, plan.precision)
+                    content = build(plan.model, plan.spec, plan.optimizers, plan.precision)
                     path.with_suffix(".part").write_bytes(content)
                     path.with_suffix(".part").rename(path)
             made[key] = Compiled(plan, open_artifact(path), list(rules))

@@ -72,9 +72,8 @@ def build(settings: list[str], artifact: str, reducer: Reducer) -> tuple[StepPla
 
 
 def table(plan: StepPlan, model: Any, step: int) -> Tensor:
-    optimizer = type(plan.optimizer)
-    dtype, settings = as_torch(plan.precision.moments), optimizer.Config()
-    return hyperparameter_table(list(model.parameters()), optimizer, settings, step=step, lr=1e-3, dtype=dtype)
+    names, dtype = [name for name, _ in model.named_parameters()], as_torch(plan.precision.moments)
+    return hyperparameter_table(names, plan.groups, step=step, rate=lambda peak: 1e-3, dtype=dtype)
 
 
 def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:

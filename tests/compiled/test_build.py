@@ -67,7 +67,7 @@ def test_artifacts_hold_no_weights(plan_of: PlanOf) -> None:
 
     def made(**fields: int) -> tuple[int, int]:
         plan = plan_of(**fields)
-        content = build(plan.model, plan.spec, plan.optimizer, plan.precision)
+        content = build(plan.model, plan.spec, plan.optimizers, plan.precision)
         return len(content), sum(parameter.numel() for parameter in plan.model.parameters())
 
     small, few = made()
@@ -82,7 +82,7 @@ def test_equal_steps_give_equal_artifacts_but_for_the_time_they_took(plan_of: Pl
     manifests = []
     for _ in range(2):
         plan = plan_of()
-        (tmp_path / "x").write_bytes(build(plan.model, plan.spec, plan.optimizer, plan.precision))
+        (tmp_path / "x").write_bytes(build(plan.model, plan.spec, plan.optimizers, plan.precision))
         manifests.append({k: v for k, v in open_artifact(tmp_path / "x").manifest.items() if k != "compile_seconds"})
     assert json.dumps(manifests[0]) == json.dumps(manifests[1]).replace(
         plan.spec.model_name, manifests[0]["spec"]["model_name"]
@@ -92,13 +92,13 @@ def test_equal_steps_give_equal_artifacts_but_for_the_time_they_took(plan_of: Pl
 @pytest.mark.usefixtures("without_compiler")
 def test_debug_keeps_the_graphs(plan_of: PlanOf, tmp_path: Path) -> None:
     plan = plan_of()
-    build(plan.model, plan.spec, plan.optimizer, plan.precision, debug=tmp_path / "kept")
+    build(plan.model, plan.spec, plan.optimizers, plan.precision, debug=tmp_path / "kept")
     names = {path.name for path in (tmp_path / "kept" / "graphs").iterdir()}
     assert {"embed_forward.txt", "block_0_backward.txt", "head_train.txt", "update_head.txt"} <= names
 
 
 def costs(plan: StepPlan) -> tuple[dict[str, int], dict[str, RegionSpec], Schedule]:
-    regions, schedule = capture_step(plan.model, plan.spec, plan.optimizer, plan.precision)
+    regions, schedule = capture_step(plan.model, plan.spec, plan.optimizers, plan.precision)
     specs = {name: captured.spec for name, captured in regions.items()}
     return step_cost(specs, schedule, plan.spec), specs, schedule
 

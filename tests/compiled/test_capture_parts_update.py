@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from apps.training.config_schema import OptimizerConfig
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.optimizers.adamw import AdamW
+from apps.training.parameter_groups import group_parameters
 from backends.precision import PrecisionPolicy, resolve
 from compiled import lowering
 from compiled.capture import Captured, Sources
@@ -15,12 +17,17 @@ from compiled.capture_parts import capture_update
 from tests.compiled.interpreted import assert_close, run
 
 SHAPES = {"weight": (3, 4), "bias": (4,)}
+GROUPS = group_parameters(
+    OptimizerConfig(settings=AdamW.Config(lr=0.01, weight_decay=0.3)),
+    {"weight": (SHAPES["weight"], "matrix"), "bias": (SHAPES["bias"], "vector")},
+)
 
 
 def captured_update(policy: PrecisionPolicy, gradient: torch.dtype) -> Captured:
     made = Sources(lowering.fake_mode(), torch.device("cpu"))
     parameters = {name: made.empty(shape, getattr(torch, policy.parameters)) for name, shape in SHAPES.items()}
-    return capture_update("update", AdamW(), parameters, dict.fromkeys(SHAPES, gradient), policy, made)
+    rules, columns = dict.fromkeys(SHAPES, AdamW()), len(AdamW.hyperparameter_names)
+    return capture_update("update", rules, parameters, dict.fromkeys(SHAPES, gradient), policy, made, columns)
 
 
 def take_steps(captured: Captured, start: dict[str, Tensor], steps: int, coefficient: float) -> dict[str, Tensor]:
@@ -34,12 +41,7 @@ def take_steps(captured: Captured, start: dict[str, Tensor], steps: int, coeffic
     live["grad_coef"] = torch.tensor(coefficient, dtype=work)
     for step in range(1, steps + 1):
         live["hyperparameters"] = hyperparameter_table(
-            [start[name] for name in SHAPES],
-            AdamW,
-            AdamW.Config(weight_decay=0.3),
-            step=step,
-            lr=0.01 / step,
-            dtype=work,
+            SHAPES, GROUPS, step=step, rate=lambda peak, step=step: peak / step, dtype=work
         )
         for name, gradient in gradients_of(step).items():
             live[f"grad_{name}"] = gradient.to(getattr(torch, specs[f"grad_{name}"].dtype))

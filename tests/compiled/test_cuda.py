@@ -47,7 +47,7 @@ def test_training_follows_the_eager_twin(
     ours = compiled.model().cuda()
     theirs = copy.deepcopy(ours)
     program = make(compiled, CompiledProgram, ours)
-    twin = EagerProgram(theirs, optimizer="adamw", precision=compiled.plan.precision)
+    twin = EagerProgram(theirs, precision=compiled.plan.precision)
     for step in range(1, 6):
         batches = [on_gpu(compiled.batch(10 * step + index, 0.8, of=400)) for index in range(1 + step % 2)]
         hyper = compiled.hyperparameters(ours, step)

@@ -20,7 +20,7 @@ def updates(plan: StepPlan, chunks: int = 1) -> tuple[dict[str, Captured], list[
     blocks = [make_stage(plan.model, path) for path in plan.model.stages().blocks]
     embed, head = make_stage(plan.model, plan.model.stages().embed), head_stage(plan.model)
     sources = Sources(lowering.fake_mode(), torch.device("cpu"))
-    entries = add_updates(regions, blocks, embed, head, chunks, plan.optimizer, plan.precision, sources)
+    entries = add_updates(regions, blocks, embed, head, chunks, plan.optimizers, plan.precision, sources)
     return regions, entries
 
 

@@ -25,7 +25,7 @@ PlanOf = Callable[..., StepPlan]
 
 
 def captured(plan: StepPlan) -> tuple[dict[str, Captured], Schedule]:
-    return capture_step(plan.model, plan.spec, plan.optimizer, plan.precision)
+    return capture_step(plan.model, plan.spec, plan.optimizers, plan.precision)
 
 
 def test_frozen_parts_have_no_backward_and_no_update(plan_of: PlanOf) -> None:
@@ -66,7 +66,7 @@ def updates(compile_step: Compile) -> Compiled:
 def assert_follows_the_twin(compiled: Compiled, clip: float | None, microbatches: int) -> None:
     ours, theirs = compiled.model(), compiled.model()
     program = compiled.program(ours)
-    twin = EagerProgram(theirs, optimizer="adamw", precision=compiled.plan.precision)
+    twin = EagerProgram(theirs, precision=compiled.plan.precision)
     before = {name: each.detach().clone() for name, each in ours.named_parameters()}
     for step in range(1, 6):
         batches = [compiled.batch(10 * step + index, 0.7, of=20) for index in range(microbatches)]
@@ -122,7 +122,7 @@ def test_two_workers_equal_one(updates: Compiled, shards: bool, tmp_path: Path) 
     found = [torch.load(tmp_path / f"lora-{rank}.pt") for rank in range(2)]
 
     model = updates.model()
-    twin = EagerProgram(model, optimizer="adamw", precision=updates.plan.precision)
+    twin = EagerProgram(model, precision=updates.plan.precision)
     rows = updates.plan.spec.batch_size * 4
     for step in range(1, STEPS + 1):
         batch = whole_batch(updates.plan, rows, step)

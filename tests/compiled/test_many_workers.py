@@ -83,7 +83,7 @@ def settings_of(compiled: Compiled) -> list[str]:
 def in_one_process(compiled: Compiled, rows: int, clip: float | None) -> tuple[dict[str, Tensor], list[Any], Any]:
     """Gradients of step 0, results of the steps and the model, by plain autograd on whole batches."""
     model = compiled.model()
-    twin = EagerProgram(model, optimizer="adamw", precision=compiled.plan.precision)
+    twin = EagerProgram(model, precision=compiled.plan.precision)
     gradients = twin.gradients([whole_batch(compiled.plan, rows, 0)])
     steps = [
         twin.train_step([whole_batch(compiled.plan, rows, step)], table(compiled.plan, model, step), clip)

@@ -22,7 +22,7 @@ def twins(compiled: Compiled) -> tuple[Any, Any, Any, EagerProgram]:
         ours,
         compiled.program(ours),
         theirs,
-        EagerProgram(theirs, optimizer="adamw", precision=compiled.plan.precision),
+        EagerProgram(theirs, precision=compiled.plan.precision),
     )
 
 

@@ -12,7 +12,7 @@ PlanOf = Callable[..., StepPlan]
 
 
 def traced(plan: StepPlan):
-    return capture_step(plan.model, plan.spec, plan.optimizer, plan.precision)
+    return capture_step(plan.model, plan.spec, plan.optimizers, plan.precision)
 
 
 def test_equal_blocks_share_their_regions_whatever_the_depth(plan_of: PlanOf) -> None:

@@ -21,7 +21,7 @@ def stateful(compile_step: Compile) -> Compiled:
 def test_statistics_and_losses_follow_the_eager_twin(stateful: Compiled) -> None:
     ours, theirs = stateful.model(), stateful.model()
     program = stateful.program(ours)
-    twin = EagerProgram(theirs, optimizer="adamw", precision=stateful.plan.precision)
+    twin = EagerProgram(theirs, precision=stateful.plan.precision)
     before = {name: buffer.clone() for name, buffer in ours.named_buffers()}
     for step in (1, 2, 3):
         batches = [stateful.batch(step, of=64), stateful.batch(step + 9, of=64)]
@@ -68,7 +68,7 @@ def whole(delayed: Compiled, step: int) -> dict[str, torch.Tensor]:
 def test_a_step_in_pieces_equals_the_whole_batch_in_numbers_and_in_state(delayed: Compiled) -> None:
     ours, theirs = delayed.model(), delayed.model()
     program = delayed.program(ours)
-    twin = EagerProgram(theirs, optimizer="adamw", precision=delayed.plan.precision)
+    twin = EagerProgram(theirs, precision=delayed.plan.precision)
     program.calibrate(pieces(whole(delayed, 0), 2))
     twin.calibrate([whole(delayed, 0)])
     for step in (1, 2, 3):
@@ -93,7 +93,7 @@ def test_where_the_rows_lie_matters(delayed: Compiled) -> None:
 
 def test_evaluation_before_anything_was_seen_is_refused(delayed: Compiled) -> None:
     model = delayed.model()
-    twin = EagerProgram(delayed.model(), optimizer="adamw", precision=delayed.plan.precision)
+    twin = EagerProgram(delayed.model(), precision=delayed.plan.precision)
     for program in (delayed.program(model), twin):
         with pytest.raises(UserError, match=r"Layer 'model.layers.0.self_attn.q_proj' is not calibrated: least, most"):
             program.evaluate(delayed.batch(1))

@@ -35,6 +35,7 @@ FREE = {
     "training.worker_timeout",
     "training.reduce_dtype",
     "training.reduce_bucket_mb",
+    "training.reduce_by",
     "training.shard_optimizer",
     "training.evaluate",
     "training.eval_steps",

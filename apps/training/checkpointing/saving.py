@@ -23,8 +23,8 @@ from apps.training.config_schema import TrainConfig
 from apps.training.data.storage import Dataset
 from apps.training.files import require_writable
 from apps.training.lora import is_on
-from apps.training.optimizers import load as load_optimizer
 from apps.training.outcome import Outcome
+from apps.training.parameter_groups import parameter_groups, state_elements
 from apps.training.reporting.output_folder import require_room
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.step_plan import StepPlan
@@ -120,10 +120,10 @@ class Saver:
     def nbytes(self) -> int:
         """About what one checkpoint takes on the disk: weights, moments and masters of all workers."""
         precision = self.config.precision
-        moments = len(load_optimizer(self.config.optimizer.name).state_names)
-        bits = BITS[precision.parameters] + moments * BITS[precision.moments]
-        bits += 0 if precision.master == "none" else BITS[precision.master]
-        return sum(weight.numel() for weight in weights_of(self.model).values()) * bits // 8
+        bits = BITS[precision.parameters] + (0 if precision.master == "none" else BITS[precision.master])
+        bits *= sum(weight.numel() for weight in weights_of(self.model).values())
+        moments = state_elements(parameter_groups(self.config.optimizer, self.model))
+        return (bits + moments * BITS[precision.moments]) // 8
 
     def start(self, resumed_step: int) -> None:
         """Make sure that checkpoints can be written; take away what a killed run left. Call it under the run's lock.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.training.checkpointing.shares import assign, buffers_of, bytes_of, weight_files, weight_stem, weights_of
+from apps.training.checkpointing.tensor_file import write_order
 
 SPARE = 2**30  # bytes of a GPU that copies leave free: the next step may want a little more than the last
 
@@ -42,7 +43,7 @@ class Snapshot:
 
 @dataclass
 class Copies:
-    """Memory for copies of tensors, made at the first use of a name."""
+    """Memory for copies of tensors, made at the first use of a name, in the order in which they are given."""
 
     made: dict[str, Tensor] = field(default_factory=dict)
 
@@ -50,9 +51,7 @@ class Copies:
         """Contiguous copies, in the order of the device's work. `event()` tells when they are made."""
         missing = {name: tensor for name, tensor in tensors.items() if not self._fits(name, tensor)}
         if missing:
-            on_device = _has_room(missing)
-            for name, tensor in missing.items():
-                self.made[name] = _memory_for(tensor, on_device)
+            self.made |= _side_by_side(missing, _has_room(missing))
         alike: dict[tuple[torch.dtype, torch.device, torch.device], list[str]] = {}
         for name, tensor in tensors.items():
             alike.setdefault((tensor.dtype, tensor.device, self.made[name].device), []).append(name)
@@ -83,12 +82,13 @@ def take_snapshot(
     if not is_sharded:  # every worker holds the same
         owners = assign(bytes_of(state), world_size)
         state = {name: tensor for name, tensor in state.items() if owners[name] == rank}
-    ours = {f"weight.{name}": weights[name] for name, (owner, _) in files.items() if owner == rank}
+    mine = {name: weights[name] for name, (owner, _) in files.items() if owner == rank}
+    ours = {f"weight.{name}": mine[name] for name in write_order(mine)}
     own = {f"optimizer.{name}": tensor.detach() for name, tensor in state.items()}
     own |= {f"buffer.{name}": tensor for name, tensor in buffers_of(model).items()}
     device = next(model.parameters()).device
     own |= {f"rng.{name}": state for name, state in rng_state(device).items()}
-    copied = copies.copy(ours | own)
+    copied = copies.copy(ours | {name: own[name] for name in write_order(own)})
     by_file: dict[str, dict[str, Tensor]] = {}
     for name in ours:
         bare = name.removeprefix("weight.")
@@ -124,7 +124,19 @@ def _has_room(tensors: Mapping[str, Tensor]) -> bool:
     return free >= sum(tensor.numel() * tensor.element_size() for tensor in on_gpu) + SPARE
 
 
-def _memory_for(tensor: Tensor, on_device: bool) -> Tensor:
-    if tensor.device.type == "cpu" or on_device:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+def _side_by_side(tensors: Mapping[str, Tensor], on_device: bool) -> dict[str, Tensor]:
+    """Memory like the tensors', of each device in one piece: the writer fetches few large parts, not each tensor."""
+    made = {}
+    for device in {tensor.device for tensor in tensors.values()}:
+        ends, end = {}, 0
+        for name, tensor in tensors.items():
+            if tensor.device == device:
+                width = tensor.element_size()
+                end = -(-end // width) * width + tensor.nbytes
+                ends[name] = end
+        pinned = device.type == "cuda" and not on_device
+        flat = torch.empty(end, dtype=torch.uint8, device="cpu" if pinned else device, pin_memory=pinned)
+        for name, end in ends.items():
+            tensor = tensors[name]
+            made[name] = flat[end - tensor.nbytes : end].view(tensor.dtype).view(tensor.shape)
+    return made

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**22  # bytes hashed and written at a time: large against a system call, small against a processor's cache
+PIECE = 2**27  # bytes fetched from a device at a time: while a CUDA graph is launched, each call may wait a whole step
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -46,10 +47,14 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], read: HostBytes, metadata: Mapping[str, str] | None = None
 ) -> FileFacts:
     """Write `tensors` (contiguous, on any device) to `path` and wait until they are on the disk. Raises OSError."""
-    # Wide ones first: each tensor then begins at a multiple of its own width.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header = _header({name: tensors[name] for name in names}, metadata)
-    return write_file(path, _joined(header, (part for name in names for part in read(tensors[name]))))
+    ordered = {name: tensors[name] for name in write_order(tensors)}
+    runs = _runs(ordered.values())
+    return write_file(path, _joined(_header(ordered, metadata), (part for run in runs for part in read(run))))
+
+
+def write_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Wide ones first: each tensor then begins at a multiple of its own width. Memory in this order is read fastest."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> FileFacts:
@@ -79,18 +84,14 @@ class HostBytes:
 
     def __call__(self, tensor: Tensor) -> Iterator[memoryview]:
         """Yield the tensor's bytes; a piece is valid until the next one is asked for."""
-        assert tensor.is_contiguous()
-        if tensor.numel() == 0:
-            return
-        flat = tensor.detach().view(-1).view(torch.uint8)
-        if tensor.device.type == "cpu":
-            whole = memoryview(flat.numpy())  # type: ignore[arg-type]
+        flat = _flat_bytes(tensor)
+        pieces = [flat] if tensor.device.type == "cpu" else self._from_device(flat)
+        for piece in pieces:
+            whole = memoryview(piece.numpy())  # type: ignore[arg-type]
             yield from (whole[begin : begin + CHUNK] for begin in range(0, len(whole), CHUNK))
-        else:
-            yield from self._from_device(flat)
 
-    def _from_device(self, flat: Tensor) -> Iterator[memoryview]:
-        self._open()
+    def _from_device(self, flat: Tensor) -> Iterator[Tensor]:
+        self._open(min(PIECE, flat.numel()))
         pieces = flat.split(self._pinned[0].numel())
         copied = self._copy(pieces[0], 0)
         for number, piece in enumerate(pieces):
@@ -98,19 +99,43 @@ class HostBytes:
             if number + 1 < len(pieces):
                 copied = self._copy(pieces[number + 1], number + 1)
             done.synchronize()
-            yield memoryview(self._pinned[number % 2].numpy())[: piece.numel()]  # type: ignore[arg-type]
+            yield self._pinned[number % 2][: piece.numel()]
 
     def _copy(self, piece: Tensor, number: int) -> torch.cuda.Event:
         with torch.cuda.stream(self._stream):
             self._pinned[number % 2][: piece.numel()].copy_(piece, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)  # a core that spins is one that training lacks
             event.record()
         return event
 
-    def _open(self) -> None:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-            self._pinned = [torch.empty(8 * CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    def _open(self, nbytes: int) -> None:
+        """Make the stream and two buffers of at least `nbytes`; nothing is on its way through them."""
+        self._stream = self._stream or torch.cuda.Stream()
+        if not self._pinned or self._pinned[0].numel() < nbytes:
+            self._pinned = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+
+
+def _runs(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The tensors' bytes as flat tensors in the same order; those that lie one behind another in memory are one."""
+    run = torch.empty(0, dtype=torch.uint8)
+    for flat in (_flat_bytes(tensor) for tensor in tensors if tensor.numel()):
+        if _memory(run) == _memory(flat) and run.data_ptr() + run.numel() == flat.data_ptr():
+            run = run.as_strided((run.numel() + flat.numel(),), (1,))
+        else:
+            if run.numel():
+                yield run
+            run = flat
+    if run.numel():
+        yield run
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _flat_bytes(tensor: Tensor) -> Tensor:
+    assert tensor.is_contiguous()
+    return tensor.detach().view(-1).view(torch.uint8)
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:

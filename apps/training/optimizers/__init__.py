@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from apps.training._discovery import find, load_subclass
-from apps.training.optimizers._base import Optimizer
+from apps.training.optimizers._base import Optimizer, Role
 
-__all__ = ["Optimizer", "available", "load"]
+__all__ = ["Optimizer", "Role", "available", "load"]
 
 
 def available() -> tuple[str, ...]:
@@ -14,5 +14,5 @@ def available() -> tuple[str, ...]:
 
 
 def load(name: str) -> type[Optimizer]:
-    """The optimizer class of `NAME.py`; UserError with a suggestion for an unknown name."""
+    """The optimizer class of `NAME.py`, or `package.module:Class` from outside; UserError for an unknown one."""
     return load_subclass(__name__, __path__[0], name, Optimizer, kind="optimizer")

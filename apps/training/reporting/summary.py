@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +50,37 @@ def summary_text(
         f"Tokens per second: {totals.tokens_per_second:.2f}",
         f"Average time per step: {totals.seconds_per_step:.6f}",
     ]
-    if records:
-        lines.append(f"Last training loss: {records[-1].loss:.4f}")
+    lines += loss_lines(records)
     if evaluation is not None:
         lines.append(evaluation_line(evaluation))
     if unigram_entropy is not None:
         lines.append(unigram_line(unigram_entropy))
     lines += ["", "Layers and backends:", routed_table]
     return "\n".join([*lines, "", "Model parameters:", json.dumps(model_parameters, indent=2), ""])
+
+
+def best_and_smoothed(losses: Sequence[float]) -> tuple[float, int, float, int]:
+    """The lowest loss and its place (from 0), the mean of the last twentieth of the losses and how many these are.
+
+    Losses that are not finite count for neither; NaN when there is no other.
+    """
+    finite = [(loss, place) for place, loss in enumerate(losses) if math.isfinite(loss)]
+    best, place = min(finite, default=(math.nan, 0))
+    count = max(len(losses) // 20, 1)
+    last = [loss for loss in losses[-count:] if math.isfinite(loss)]
+    return best, place, sum(last) / len(last) if last else math.nan, count
+
+
+def loss_lines(records: Sequence[StepRecord]) -> list[str]:
+    """What the training losses came to, a line each; nothing before the first step."""
+    if not records:
+        return []
+    best, place, smoothed, count = best_and_smoothed([record.loss for record in records])
+    return [
+        f"Last training loss: {records[-1].loss:.4f}",
+        f"Best training loss: {best:.4f} (step {records[place].step})",
+        f"Smoothed training loss: {smoothed:.4f} (mean of the last {count} steps)",
+    ]
 
 
 def headline(

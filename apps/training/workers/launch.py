@@ -123,22 +123,23 @@ def _slurm_tasks(environ: Mapping[str, str]) -> int | None:
 
 
 def own_gpu(launch: Launch, environment: MutableMapping[str, str] = os.environ) -> Launch:
-    """Let this worker see one GPU of its host, its own; returns `launch`. Call it before anything looks at the GPUs.
+    """Let this worker see its own GPU as the first; returns `launch`. Call it before anything looks at the GPUs.
 
-    An artifact's code is for the first GPU a process sees. A launcher that has shared them out is left alone. Raises
-    UserError when the variable CUDA_VISIBLE_DEVICES lists fewer GPUs than the host has workers.
+    An artifact's code is for the first GPU a process sees. The host's other workers' GPUs follow: what a process does
+    not see it cannot fetch by a copy engine. A launcher that has shared them out is left alone. Raises UserError when
+    the variable CUDA_VISIBLE_DEVICES lists fewer GPUs than the host has workers.
     """
     if launch.local_world_size == 1:
         return launch
     given = environment.get("CUDA_VISIBLE_DEVICES")
-    visible = None if given is None else given.split(",")
-    if visible is not None and len(visible) > 1:
+    visible = [str(number) for number in range(launch.local_world_size)] if given is None else given.split(",")
+    if len(visible) > 1:
         if len(visible) < launch.local_world_size:
             raise UserError(
                 f"CUDA_VISIBLE_DEVICES={given} has {len(visible)} GPUs for {launch.local_world_size} workers of this "
                 "host. Start fewer workers on it, list more GPUs, or use compile.arch=cpu."
             )
-        environment["CUDA_VISIBLE_DEVICES"] = visible[launch.local_rank]
-    elif visible is None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(launch.local_rank)
+        ours = visible[: launch.local_world_size]
+        own = ours.pop(launch.local_rank)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join([own, *ours])
     return launch

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from apps.training.workers.bucket import Bucket, TouchedRows, views
+from apps.training.workers.peer_copies import CopiedBucket, PeerCopies
 from compiled.reduction import Gradients
 
 SHARE = 8  # a bucket is sent with an eighth of all bytes at the latest, so that a small model has something to overlap
@@ -35,7 +36,7 @@ class GradientReducer:
     dtype: what gradients are summed in; None: their own, at least float32. bucket_bytes: how many are gathered before
     a sum is started, or an eighth of all if that is less. shards: ZeRO-1, each group is summed for, kept and updated by
     one worker, which then sends the parameters to all. before_waiting: called before this worker may have to wait for
-    the others.
+    the others. copies: how gradients are summed where the GPUs read each other's memory; None: by collectives.
     """
 
     is_alone = False
@@ -51,10 +52,11 @@ class GradientReducer:
         bucket_bytes: int = 50 * 2**20,
         shards: bool = False,
         before_waiting: Callable[[], None] = lambda: None,
+        copies: PeerCopies | None = None,
     ) -> None:
         self.group, self.rank, self.world_size = group, rank, world_size
         self.dtype, self.bucket_bytes, self.shards = dtype, bucket_bytes, shards
-        self.before_waiting = before_waiting
+        self.before_waiting, self.copies = before_waiting, copies
         self.owners: list[int] = []
         self._touched: dict[int, TouchedRows] = {}
         self._started = 0
@@ -78,7 +80,9 @@ class GradientReducer:
         owner = self.owners[group] if self.shards else None
         if self._filling is not None and self._filling.owner != owner:
             self._send()
-        self._filling = self._filling or Bucket(owner, self.dtype)
+        if self.copies is not None and self._started == 0:
+            self.copies.rewind()
+        self._filling = self._filling or self._bucket(owner)
         self._filling.add(group, gradients, self._rows_of(group))
         self._started += 1
         # Behind the last group nothing is computed any more: what was gathered so far goes before it.
@@ -131,6 +135,9 @@ class GradientReducer:
             if parcel.targets:
                 torch._foreach_copy_(parcel.targets, views(parcel.flat, parcel.targets))
         self._published.clear()
+
+    def _bucket(self, owner: int | None) -> Bucket:
+        return Bucket(owner, self.dtype) if self.copies is None else CopiedBucket(owner, self.dtype, copies=self.copies)
 
     def _rows_of(self, group: int) -> Tensor | None:
         """The rows of a group that have to travel; None: all of them."""

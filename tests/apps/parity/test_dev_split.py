@@ -27,7 +27,7 @@ def test_it_is_the_trainers_evaluation_of_both_models(tiny_dataset: Path, tiny_m
     found = compare_on(reference, other, batches.dev(), lambda: None)
 
     for model, evaluation in ((reference, found.reference), (other, found.other)):
-        program, losses, counts = EagerProgram(model, optimizer="adamw", precision=resolve()), 0.0, 0
+        program, losses, counts = EagerProgram(model, precision=resolve()), 0.0, 0
         for rows in dev_batches(dataset, 4):
             batch = make_batch(rows)
             (tensors,) = microbatches([batch], device="cpu", dtype=torch.float32)

@@ -111,6 +111,9 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
         return st.sampled_from(["optical", "optical-mlp-only.yaml", "optical.toml", "null"])
     if key.path == "checkpoint.save_steps":
         return st.one_of(st.integers(1, 10**12), st.lists(st.integers(1, 10**12), min_size=1)).map(json.dumps)
+    if key.path == "optimizer.groups":
+        group = {"match": words(), "optimizer": st.sampled_from(["adamw", "sgdm"]), "lr": st.floats(1e-12, 1)}
+        return st.lists(st.fixed_dictionaries(group)).map(json.dumps)
     if key.choices:
         values: st.SearchStrategy[Any] = st.sampled_from(key.choices)
     elif key.plain_type is bool:

@@ -16,7 +16,7 @@ from apps.training.config_schema import TrainConfig
 ROOT = Path(__file__).resolve().parents[3]
 KEYS = {
     key.path: key for plugin in optimizers.available() for key in keys_of(TrainConfig, {"optimizer": plugin}).values()
-}
+} | {key.path: key for plugin in schedules.available() for key in keys_of(TrainConfig, {"schedule": plugin}).values()}
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from apps.training.config_schema import OptimizerConfig
 from apps.training.eager_program import EagerProgram
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.optimizers.adamw import AdamW
-from backends.errors import UserError
+from apps.training.parameter_groups import parameter_groups
 from backends.precision import PrecisionPolicy, resolve
 
 CONFIG = AdamW.Config(lr=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.99)
@@ -43,13 +44,15 @@ def random_microbatches(count: int, dtype: torch.dtype, seed: int = 1) -> list[d
 
 
 def program_of(model: LlamaForCausalLM, precision: PrecisionPolicy) -> EagerProgram:
-    return EagerProgram(model, optimizer="adamw", precision=precision)
+    return EagerProgram(model, precision=precision)
 
 
 def table(
     model: LlamaForCausalLM, step: int, dtype: torch.dtype = torch.float64, config: AdamW.Config = CONFIG
 ) -> Tensor:
-    return hyperparameter_table(model.parameters(), AdamW, config, step=step, lr=config.lr / step, dtype=dtype)
+    groups = parameter_groups(OptimizerConfig(settings=config), model)
+    names = [name for name, _ in model.named_parameters()]
+    return hyperparameter_table(names, groups, step=step, rate=lambda peak: peak / step, dtype=dtype)
 
 
 def by_hand(model: LlamaForCausalLM, steps: list[list[dict[str, Tensor]]], max_grad_norm: float | None) -> list[float]:
@@ -116,7 +119,7 @@ def test_the_plugins_arithmetic_and_torchs_give_the_same_weights() -> None:
     for row, (name, parameter) in zip(rows, model.named_parameters(), strict=True):
         zeros = {key: torch.zeros_like(parameter) for key in AdamW.state_names}
         hyper = dict(zip(AdamW.hyperparameter_names, row, strict=True))
-        expected, _ = AdamW.update(start[name], gradients[name], zeros, hyper)
+        expected, _ = AdamW().update(start[name], gradients[name], zeros, hyper)
         assert (parameter - expected).abs().max() <= 1e-12, name
 
 
@@ -191,8 +194,3 @@ def test_training_continues_exactly_from_a_stored_optimizer_state(precision: Pre
         second.train_step(parts[step - 1], table(resumed, step, torch.float32), 1.0)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-
-
-def test_an_optimizer_without_a_twin_in_torch_is_refused() -> None:
-    with pytest.raises(UserError, match=r"compile\.target=inductor"):
-        EagerProgram(tiny_llama(torch.float32), optimizer="mango", precision=resolve("float32"))

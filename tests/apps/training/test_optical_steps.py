@@ -5,9 +5,10 @@ import torch
 from transformers import LlamaConfig
 
 import modelzoo
+from apps.training.config_schema import OptimizerConfig
 from apps.training.eager_program import EagerProgram
 from apps.training.hyperparameters import hyperparameter_table
-from apps.training.optimizers.adamw import AdamW
+from apps.training.parameter_groups import parameter_groups
 from backends.precision import PrecisionPolicy
 from backends.routing import route
 from modelzoo.configuration_transformer import ConfigurationTransformer
@@ -30,7 +31,7 @@ def build() -> tuple[torch.nn.Module, EagerProgram]:
     )
     model = modelzoo.build_model(ConfigurationTransformer().transform(config), dtype="float64", seed=3)
     route(model, [{"match": "*lm_head", "use": "optical", "q_levels": 64}], "optical")
-    return model, EagerProgram(model, optimizer="adamw", precision=DOUBLE)
+    return model, EagerProgram(model, precision=DOUBLE)
 
 
 def rows_of_step(step: int) -> dict[str, torch.Tensor]:
@@ -51,9 +52,10 @@ def train(rows: int, order: int = 1) -> tuple[list[float], dict[str, torch.Tenso
     """Losses of four steps in microbatches of `rows` rows, in this or the other order; and all tensors at the end."""
     model, program = build()
     program.calibrate(dealt(rows_of_step(0), rows)[::order])
+    groups, names = parameter_groups(OptimizerConfig(), model), [name for name, _ in model.named_parameters()]
     losses = []
     for step in range(1, 5):
-        table = hyperparameter_table(model.parameters(), AdamW, AdamW.Config(), step=step, lr=1e-2, dtype=torch.float64)
+        table = hyperparameter_table(names, groups, step=step, rate=lambda peak: 1e-2, dtype=torch.float64)
         losses.append(program.train_step(dealt(rows_of_step(step), rows)[::order], table, 1.0).loss.item())
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return losses, {name: tensor for name, tensor in tensors.items() if not name.endswith("first_row")}

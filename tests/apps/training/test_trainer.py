@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apps.training.config_schema import OptimizerConfig, ScheduleConfig
+from apps.training.config_schema import OptimizerConfig
 from apps.training.data.packing import Rows
 from apps.training.eager_program import EagerProgram, StepResult
 from apps.training.optimizers.adamw import AdamW
-from apps.training.schedules.linear import Linear
+from apps.training.parameter_groups import group_parameters
+from apps.training.recipe import Recipe
 from apps.training.steps import StepCount
-from apps.training.trainer import NonFiniteLoss, Program, Recipe, Trainer, make_recipe
+from apps.training.trainer import NonFiniteLoss, Program, Trainer
 from apps.training.workers.group import Workers
 from apps.training.workers.launch import Launch
 from backends.precision import resolve
@@ -43,7 +44,8 @@ class Noted:
 
 
 def recipe() -> Recipe:
-    return Recipe(AdamW, AdamW.Config(), learning_rate=lambda step: 0.1 / step, max_grad_norm=None)
+    groups = group_parameters(OptimizerConfig(settings=AdamW.Config(lr=0.1)), {"weight": ((2, 2), "matrix")})
+    return Recipe(groups, rate=lambda step, peak: peak / step, peak=0.1, max_grad_norm=None)
 
 
 def trainer(
@@ -52,7 +54,7 @@ def trainer(
     return Trainer(
         program=program,
         workers=Workers.solo(),
-        parameters=[torch.zeros(2, 2)],
+        names=["weight"],
         recipe=recipe(),
         count=StepCount(steps_per_epoch=3, total=total),
         accumulation=accumulation,
@@ -206,9 +208,9 @@ def test_evaluation_is_the_mean_over_every_counted_position_with_padded_batches_
     types = rng.integers(0, 4, (6, 5), dtype=np.int32)
     types[4:] = PADDING  # rows that fill up the last batch
     loop = Trainer(
-        program=EagerProgram(model, optimizer="adamw", precision=resolve("float64")),
+        program=EagerProgram(model, precision=resolve("float64")),
         workers=Workers.solo(),
-        parameters=list(model.parameters()),
+        names=[name for name, _ in model.named_parameters()],
         recipe=recipe(),
         count=StepCount(1, 1),
         accumulation=1,
@@ -236,15 +238,3 @@ def test_evaluation_is_the_mean_over_every_counted_position_with_padded_batches_
 
 def test_an_evaluation_that_is_stopped_has_no_result() -> None:
     assert trainer(Noted(), 1).evaluate(endless_rows(), 1, lambda: None, should_stop=lambda: True) is None
-
-
-def test_the_recipe_follows_the_settings() -> None:
-    made = make_recipe(
-        OptimizerConfig(name="adamw", settings=AdamW.Config(lr=0.5)),
-        ScheduleConfig(name="linear", settings=Linear.Config(warmup_steps=2)),
-        total_steps=4,
-        max_grad_norm=3.0,
-    )
-    assert made.optimizer is AdamW
-    assert [made.learning_rate(step) for step in (1, 2)] == [0.25, 0.5]
-    assert made.max_grad_norm == 3.0

@@ -26,7 +26,7 @@ def test_fifty_steps_equal_torchs_adamw_in_fp64(decayed: bool) -> None:
         gradient = torch.randn(mine.shape, generator=generator, dtype=mine.dtype) * 10 ** (step % 5 - 3)
         numbers = AdamW.hyperparameters(config, step, lr, decayed)
         hyper = {name: torch.tensor(value, dtype=mine.dtype) for name, value in numbers.items()}
-        mine, state = AdamW.update(mine, gradient, state, hyper)
+        mine, state = AdamW().update(mine, gradient, state, hyper)
         theirs.grad = gradient
         reference.param_groups[0]["lr"] = lr
         reference.step()
@@ -38,7 +38,7 @@ def test_the_update_leaves_its_inputs_alone_and_names_all_its_hyperparameters() 
     assert tuple(numbers) == AdamW.hyperparameter_names
     parameter, gradient = torch.ones(3), torch.ones(3)
     state = {name: torch.zeros(3) for name in AdamW.state_names}
-    _, new_state = AdamW.update(parameter, gradient, state, {k: torch.tensor(v) for k, v in numbers.items()})
+    _, new_state = AdamW().update(parameter, gradient, state, {k: torch.tensor(v) for k, v in numbers.items()})
     assert parameter.eq(1).all()
     assert all(value.eq(0).all() for value in state.values())
     assert tuple(new_state) == AdamW.state_names
@@ -49,7 +49,7 @@ def test_the_first_step_moves_by_the_rate_whatever_the_gradients_size() -> None:
         numbers = AdamW.hyperparameters(AdamW.Config(weight_decay=0.0, eps=0.0), 1, 0.01, True)
         hyper = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
         zero = torch.zeros(1, dtype=torch.float64)
-        moved, _ = AdamW.update(zero, zero + size, {"exp_avg": zero, "exp_avg_sq": zero}, hyper)
+        moved, _ = AdamW().update(zero, zero + size, {"exp_avg": zero, "exp_avg_sq": zero}, hyper)
         assert moved.item() == pytest.approx(-0.01, rel=1e-12)
 
 

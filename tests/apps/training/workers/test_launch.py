@@ -116,15 +116,19 @@ def test_two_steps_of_a_job_meet_apart() -> None:
 @pytest.mark.parametrize(
     ("visible", "local", "expected"),
     [
-        (None, (1, 2), "1"),
-        ("2,5", (1, 2), "5"),
-        ("GPU-8f,GPU-1a", (0, 2), "GPU-8f"),
+        (None, (1, 2), "1,0"),
+        (None, (1, 4), "1,0,2,3"),
+        ("2,5", (1, 2), "5,2"),
+        ("2,5,7", (1, 2), "5,2"),
+        ("GPU-8f,GPU-1a", (0, 2), "GPU-8f,GPU-1a"),
         ("3", (1, 2), "3"),  # the launcher gave each worker one
         (None, (0, 1), None),
         ("2,5", (0, 1), "2,5"),
     ],
 )
-def test_each_worker_of_a_host_sees_one_gpu(visible: str | None, local: tuple[int, int], expected: str | None) -> None:
+def test_each_worker_of_a_host_sees_its_own_gpu_first(
+    visible: str | None, local: tuple[int, int], expected: str | None
+) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     own_gpu(Launch(rank=local[0], world_size=2, local_rank=local[0], local_world_size=local[1]), environment)
     assert environment.get("CUDA_VISIBLE_DEVICES") == expected

@@ -1,0 +1,1 @@
+"""Runs laid over one another, for `apps/plot_runs.py`."""

@@ -1,0 +1,39 @@
+"""Stochastic gradient descent with heavy-ball momentum (Polyak, 1964; Nesterov, 1983) and decoupled decay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apps.training.config_schema import setting
+from apps.training.optimizers import _momentum
+from apps.training.optimizers._base import Optimizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SGDM(Optimizer):
+    """m = β·m + g;  p = (1 − lr·λ)·p − lr·m, or with Nesterov's g + β·m in the place of m."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Settings of `optimizer=sgdm`."""
+
+        lr: float = setting(0.1, "peak learning rate", above=0)
+        momentum: float = setting(0.9, "decay of the gradients' running sum", at_least=0, below=1)
+        nesterov: bool = setting(False, "look a step ahead along the sum")
+        weight_decay: float = setting(0.0, "decoupled decay; norms and biases are exempt", at_least=0)
+
+    state_names = ("momentum",)
+    hyperparameter_names = _momentum.HYPERPARAMETER_NAMES
+    hyperparameters = staticmethod(_momentum.hyperparameters)
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step."""
+        direction, momentum = _momentum.direction(gradient, state["momentum"], hyper)
+        decayed = parameter * (1 - hyper["lr"] * hyper["weight_decay"])
+        return decayed - hyper["lr"] * direction, {"momentum": momentum}
