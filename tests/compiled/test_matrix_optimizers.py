@@ -1,6 +1,10 @@
-"""Muon and Mango through the artifact: the published formulas over whole runs, a resume in between, their settings."""
+"""Muon and Mango through the artifact: the published formulas over whole runs, a resume, workers that share blocks."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +14,9 @@ from torch import Tensor
 
 from backends.errors import UserError
 from tests.compiled.conftest import Compile, Compiled
+from tests.compiled.step_worker import STEPS as WORKER_STEPS
+from tests.compiled.step_worker import share, table, whole_batch
+from tests.compiled.test_many_workers import settings_of
 
 STEPS, PEAK = 50, 0.02
 SETTINGS = {
@@ -85,6 +92,7 @@ def share_of(step: int) -> float:
     return 1 - (step - 1) / STEPS
 
 
+@pytest.mark.slow
 def test_fifty_steps_through_the_artifact_equal_the_formula_in_fp64(compiled: tuple[str, Compiled]) -> None:
     name, step = compiled
     model = step.model()
@@ -99,6 +107,7 @@ def test_fifty_steps_through_the_artifact_equal_the_formula_in_fp64(compiled: tu
             assert np.abs(parameter.detach().numpy() - theirs[key].value).max() <= 1e-10, (key, number)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_bits(compiled: tuple[str, Compiled]) -> None:
     _, step = compiled
     models = [step.model(), step.model(seed=2)]
@@ -112,6 +121,39 @@ def test_a_resumed_run_goes_on_with_the_same_bits(compiled: tuple[str, Compiled]
             program.train_step([step.batch(number)], numbers(step, model, number), 1.0)
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_two_workers_that_share_the_blocks_out_equal_one(compiled: tuple[str, Compiled], tmp_path: Path) -> None:
+    """ZeRO-1: a block's products are computed by one worker, from the whole of each matrix."""
+    name, step = compiled
+    case = {
+        "settings": [*settings_of(step), *SETTINGS[name]],
+        "artifact": str(step.artifact.path),
+        "accumulation": 1,
+        "clip": 0.3,
+        "shards": True,
+        "bucket_bytes": 1,
+    }
+    (tmp_path / "job.json").write_text(json.dumps({"case": case}))
+    script = Path(__file__).with_name("step_worker.py")
+    workers = [subprocess.Popen([sys.executable, script, str(rank), "2", tmp_path]) for rank in range(2)]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    found = [torch.load(tmp_path / f"case-{rank}.pt") for rank in range(2)]
+
+    model = step.model()
+    program, rows = step.program(model), 2 * step.plan.spec.batch_size
+    for number in range(1, WORKER_STEPS + 1):
+        program.train_step(share(whole_batch(step.plan, rows, number), 0, 1, 2), table(step.plan, model, number), 0.3)
+    for key, weight in model.named_parameters():
+        assert torch.equal(found[0]["weights"][key], found[1]["weights"][key])
+        assert (found[0]["weights"][key] - weight.detach()).norm() <= 1e-9 * weight.detach().norm(), key
+    held = [set(each["state"]) for each in found]
+    assert held[0].isdisjoint(held[1])
+    assert held[0] | held[1] == set(program.optimizer_state())
+    for each in found:  # both have a block, whole
+        momenta = {key: value for key, value in each["state"].items() if key.endswith("up_proj.weight.momentum")}
+        assert [tuple(value.shape) for value in momenta.values()] == [(48, 32)]
 
 
 def test_rounds_belong_to_the_artifact_and_rates_do_not(plan_of: Any) -> None:

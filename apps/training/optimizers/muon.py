@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from apps.training.config_schema import setting
+from apps.training.optimizers import _adam
 from apps.training.optimizers._base import Optimizer
 from apps.training.optimizers._newton_schulz import orthogonalized
 from apps.training.optimizers.adamw import AdamW
@@ -78,18 +79,25 @@ class Muon(Optimizer):
         return results
 
 
-class _MuonAdamW(AdamW):
-    """AdamW by Muon's own settings for what is not a hidden matrix."""
+class _MuonAdamW(Optimizer):
+    """AdamW by Muon's own settings for what is not a hidden matrix; `nesterov` is none of them."""
 
     label = "muon's adamw"
+    state_names = _adam.STATE_NAMES
+    hyperparameter_names = _adam.HYPERPARAMETER_NAMES
 
     @staticmethod
-    def hyperparameters(config: Muon.Config, step: int, lr: float, decayed: bool) -> dict[str, float]:  # type: ignore[override]
+    def hyperparameters(config: Muon.Config, step: int, lr: float, decayed: bool) -> dict[str, float]:
         own = AdamW.Config(
-            lr=config.adamw_lr,
             beta1=config.adamw_beta1,
             beta2=config.adamw_beta2,
             eps=config.adamw_eps,
             weight_decay=config.adamw_weight_decay,
         )
-        return AdamW.hyperparameters(own, step, lr / config.lr * config.adamw_lr, decayed)
+        return _adam.hyperparameters(own, step, lr / config.lr * config.adamw_lr, decayed)
+
+    def update(
+        self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        step, new_state = _adam.step_along(gradient, state, hyper)
+        return parameter * (1 - hyper["lr"] * hyper["weight_decay"]) - step, new_state

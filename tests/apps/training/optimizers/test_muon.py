@@ -84,11 +84,19 @@ def test_hidden_matrices_are_muons_and_everything_else_adamws_with_settings_of_i
     other = Muon.part("model.embed_tokens.weight", (64, 8), "embedding")
     for name, shape, role in [("lm_head.weight", (64, 8), "head"), ("model.norm.weight", (8,), "vector")]:
         assert Muon.part(name, shape, role) is other
-    assert issubclass(other, AdamW)
     config = Muon.Config(lr=0.05, adamw_lr=2e-3, adamw_beta1=0.8, adamw_beta2=0.9, adamw_eps=1e-5)
     got = other.hyperparameters(config, 7, 0.05 * 0.25, True)  # a quarter of the peak, by the schedule
     wanted = AdamW.hyperparameters(AdamW.Config(beta1=0.8, beta2=0.9, eps=1e-5, weight_decay=0.0), 7, 2e-3 * 0.25, True)
     assert got == pytest.approx(wanted, rel=1e-12)
+    generator = torch.Generator().manual_seed(3)
+    value, gradient, mean, square = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    state = {"exp_avg": mean, "exp_avg_sq": square.square()}
+    # the Nesterov of Muon's settings is that of the matrices
+    ours, _ = other(**{key: getattr(config, key) for key in other.structure}).update(
+        value, gradient, state, tensors(got)
+    )
+    theirs, _ = AdamW(nesterov=False).update(value, gradient, state, tensors(got))
+    assert torch.equal(ours, theirs)
 
 
 def test_the_defaults_are_the_published_ones() -> None:
