@@ -44,7 +44,7 @@ class Mango(Optimizer):
         weight_decay: float = setting(0.0, "decoupled decay; norms and biases are exempt", at_least=0)
         ns_steps: int = setting(6, "Newton-Schulz rounds; fixed by the artifact", at_least=1)
 
-    label = "mango mat"
+    label = "mat"
     rate: ClassVar[str] = "mat_lr"
     state_names = ("square_sum", "momentum", "offset")
     hyperparameter_names = (
@@ -57,9 +57,9 @@ class Mango(Optimizer):
         "offset",
         "one_minus_offset",
         "offset_share",
-        "decay",
+        "weight_decay",
     )
-    structure = ("ns_steps",)
+    structure: ClassVar[tuple[str, ...]] = ("ns_steps",)
 
     @classmethod
     def part(cls, name: str, shape: tuple[int, ...], role: str) -> type[Optimizer]:
@@ -71,7 +71,7 @@ class Mango(Optimizer):
         return {"embedding": _Embedding, "head": _Head}[role]
 
     @classmethod
-    def hyperparameters(cls, config: Config, step: int, lr: float, decayed: bool) -> dict[str, float]:  # type: ignore[override]
+    def hyperparameters(cls, config: Config, step: int, lr: float, decayed: bool) -> dict[str, float]:
         """The numbers of one update; a kind with a rate of its own has the schedule's share of that."""
         own = getattr(config, cls.rate)
         rate = lr if own is None else lr / config.lr * own
@@ -85,7 +85,7 @@ class Mango(Optimizer):
             "offset": config.offset,
             "one_minus_offset": 1.0 - config.offset,
             "offset_share": 1.0 if config.offset else 0.0,
-            "decay": rate * config.weight_decay if decayed else 0.0,
+            "weight_decay": config.weight_decay if decayed else 0.0,
         }
 
     def update_group(
@@ -110,7 +110,7 @@ class Mango(Optimizer):
             hyper = hypers[name]
             moved = -hyper["lr"] * direction
             offset = hyper["offset"] * states[name]["offset"] + hyper["one_minus_offset"] * moved
-            kept = parameters[name] * (1 - hyper["decay"])
+            kept = parameters[name] * (1 - hyper["lr"] * hyper["weight_decay"])
             results[name] = (kept + moved + hyper["offset_share"] * offset, new[name] | {"offset": offset})
         return results
 
@@ -120,15 +120,15 @@ class Mango(Optimizer):
 
 
 class _Attn(Mango):
-    label, rate = "mango attn", "attn_lr"
+    label, rate = "attn", "attn_lr"
 
 
 class _Head(Mango):
-    label, rate = "mango head", "head_lr"
+    label, rate = "head", "head_lr"
 
 
 class _Embedding(Mango):
-    label, rate, structure = "mango embedding", "embedding_lr", ()
+    label, rate, structure = "embedding", "embedding_lr", ()
 
     def normalized(self, tensors: Sequence[Tensor], eps: Sequence[Tensor]) -> list[Tensor]:
         """A token's row by its length: one column of the matrix that maps one-hot tokens to vectors."""
@@ -136,14 +136,14 @@ class _Embedding(Mango):
 
 
 class _VecW(Mango):
-    label, rate, structure = "mango vec_w", "vec_w_lr", ()
+    label, rate, structure = "vec_w", "vec_w_lr", ()
 
     def normalized(self, tensors: Sequence[Tensor], eps: Sequence[Tensor]) -> list[Tensor]:
         return [x.sign() for x in tensors]
 
 
 class _VecB(Mango):
-    label, rate, structure = "mango vec_b", "vec_b_lr", ()
+    label, rate, structure = "vec_b", "vec_b_lr", ()
 
     def normalized(self, tensors: Sequence[Tensor], eps: Sequence[Tensor]) -> list[Tensor]:
         return [x / (x.norm() + e) for x, e in zip(tensors, eps, strict=True)]

@@ -37,7 +37,6 @@ class Muon(Optimizer):
         adamw_eps: float = setting(1e-8, "their AdamW's addition to the denominator", at_least=0)
         adamw_weight_decay: float = setting(0.0, "decay of embedding and head", at_least=0)
 
-    label = "muon"
     state_names = ("momentum",)
     hyperparameter_names = ("lr", "momentum", "gradient_share", "momentum_share", "weight_decay")
     structure = ("ns_steps",)
@@ -82,7 +81,7 @@ class Muon(Optimizer):
 class _MuonAdamW(Optimizer):
     """AdamW by Muon's own settings for what is not a hidden matrix; `nesterov` is none of them."""
 
-    label = "muon's adamw"
+    label = "adamw"
     state_names = _adam.STATE_NAMES
     hyperparameter_names = _adam.HYPERPARAMETER_NAMES
 
