@@ -57,8 +57,8 @@ class GraphedProgram(CompiledProgram):
             record.max_grad_norm.fill_(max_grad_norm)  # type: ignore[arg-type]
         record.graph.replay()
         # the next replay overwrites these, and a loss may be read a step late
-        norm = record.result.grad_norm
-        return StepResult(record.result.loss.clone(), None if norm is None else norm.clone())
+        result = record.result
+        return StepResult(result.loss.clone(), _copied(result.grad_norm), _copied(result.objective))
 
     def _record(
         self,
@@ -78,3 +78,7 @@ class GraphedProgram(CompiledProgram):
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = super().train_step(static, hyper, clip)
         return _Recorded(graph, static, hyper, clip, result)
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
