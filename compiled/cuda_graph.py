@@ -62,8 +62,8 @@ class GraphedProgram(CompiledProgram):
         record.graph.replay()
         # the next replay overwrites these, and a loss may be read a step late
         self.measuring.phases.marks = record.marks
-        norm = record.result.grad_norm
-        return StepResult(record.result.loss.clone(), None if norm is None else norm.clone())
+        result = record.result
+        return StepResult(result.loss.clone(), _copied(result.grad_norm), _copied(result.objective))
 
     def _record(
         self,
@@ -83,3 +83,7 @@ class GraphedProgram(CompiledProgram):
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = super().train_step(static, hyper, clip)
         return _Recorded(graph, static, hyper, clip, result, self.measuring.phases.marks)
+
+
+def _copied(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()

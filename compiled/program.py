@@ -32,18 +32,20 @@ Sink = Callable[[int, Gradients], None]  # (group, its gradients of this microba
 class StepResult:
     """0-d tensors: Σ grad_scale · CE over microbatches and workers, and the gradients' global norm before clipping.
 
-    The norm is None when gradients are not clipped.
+    The norm is None when gradients are not clipped. `objective`: the same sum of what was minimised, None for the loss.
     """
 
     loss: Tensor
     grad_norm: Tensor | None
+    objective: Tensor | None = None
 
 
 class CompiledProgram:
     """Trains `model` in place through the regions of `artifact`.
 
     The model lies on the artifact's device in its final dtypes. `moments_dtype` and `master_dtype` as for `Updater`;
-    `reducer` sums over the workers of the job. `stats_every`: steps from one that is measured to the next.
+    `reducer` sums over the workers of the job. `loss_terms`: the numbers of the artifact's terms (see objective.py).
+    `stats_every`: steps from one that is measured to the next.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class CompiledProgram:
         moments_dtype: torch.dtype,
         master_dtype: torch.dtype | None,
         reducer: Reducer | None = None,
+        loss_terms: Mapping[str, float] | None = None,
         stats_every: int | None = None,
     ) -> None:
         self.binding = Binding(artifact, model)
@@ -66,6 +69,7 @@ class CompiledProgram:
         cos, sin = self.model.rotary_tables(self.spec["max_seq_length"], self.device)
         # a microbatch that does not say where its rows lie in the step has them at the start
         self.tables = {"cos": cos, "sin": sin, "first_row": torch.zeros((), dtype=torch.int64, device=self.device)}
+        self.loss_terms = {name: self._loss_term(value) for name, value in (loss_terms or {}).items()}
         self.reducer: Reducer = reducer or OneWorker()
         self._is_calibrated = False  # asked once: what was seen stays seen
         self.updater = Updater(
@@ -123,7 +127,8 @@ class CompiledProgram:
         statistics.write(self.reducer)
         self.reducer.settle()
         self.measuring.finish(self.reducer)
-        return StepResult(self.reducer.sum_(loss), norm)
+        loss = self.reducer.sum_(loss)
+        return StepResult(loss[0], norm, loss[1]) if loss.ndim else StepResult(loss, norm)
 
     @torch.no_grad()
     def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> Gradients:
@@ -150,7 +155,7 @@ class CompiledProgram:
             self._is_calibrated = True
         run, shared = self.binding.run, self._shared(microbatch)
         ids = {"input_ids": microbatch["input_ids"]}
-        hidden = run(self.embed["evaluate"], self.binding.inputs(self.embed) | ids)["output"]
+        hidden = run(self.embed["evaluate"], self.binding.inputs(self.embed) | shared | ids)["output"]
         for block in self.blocks:
             hidden = run(block["evaluate"], self.binding.inputs(block) | shared | {"hidden_states": hidden})["output"]
         return _total([run(self.head["evaluate"], chunk)["loss"] for chunk in self._chunks(hidden, microbatch)])
@@ -253,7 +258,7 @@ class CompiledProgram:
         """The head's inputs, a dict for each chunk of tokens."""
         rows = hidden.shape[0] * hidden.shape[1] // self.head["chunks"]
         parts = (hidden.view(-1, hidden.shape[-1]), microbatch["labels"].view(-1), microbatch["grad_scale"].view(-1))
-        fixed = self.binding.inputs(self.head)
+        fixed = self.binding.inputs(self.head) | self.loss_terms
         chunks = [
             fixed | {"hidden_states": states, "labels": labels, "grad_scale": scale}
             for states, labels, scale in zip(*(part.split(rows) for part in parts), strict=True)
@@ -262,6 +267,10 @@ class CompiledProgram:
             first = microbatch.get("first_row", self.tables["first_row"]) * hidden.shape[1]
             chunks = [chunk | {"first_row": first + index * rows} for index, chunk in enumerate(chunks)]
         return chunks
+
+    def _loss_term(self, value: float) -> Tensor:
+        dtype = self.binding.input_dtype(self.head["train"], "grad_scale")
+        return torch.full((), value, dtype=dtype, device=self.device)
 
     def _embed_backward(self, inputs: dict[str, Tensor], grad: Tensor, gradients: Gradients) -> None:
         """Add the embedding's gradients to `gradients`, where a tied weight already has the head's."""
@@ -286,4 +295,4 @@ def _wide(gradient: Tensor) -> torch.dtype:
 
 
 def _total(losses: list[Tensor]) -> Tensor:
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)

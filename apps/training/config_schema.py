@@ -48,6 +48,9 @@ class ModelConfig:
     residual_dtype: AutoDtype = setting("auto", "dtype of the residual stream; auto: model.dtype")
     logits_dtype: AutoDtype = setting("auto", "dtype of logits and loss; auto: at least float32")
     article_attention: bool = setting(False, "tokens attend inside their own article only")
+    attention_dropout: float = setting(0.0, "share of attention weights dropped in training", at_least=0, below=1)
+    residual_dropout: float = setting(0.0, "the same of what blocks add to the residual", at_least=0, below=1)
+    embedding_dropout: float = setting(0.0, "the same of the embedding", at_least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,10 @@ class TrainingConfig:
     evaluate: bool = setting(True, "evaluate on the dev split at the end")
     eval_steps: int | None = setting(None, "evaluate every so many steps too", at_least=1)
     max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; null: do not clip", above=0)
+    label_smoothing: float = setting(
+        0.0, "share of the target spread over all tokens; part of the artifact", at_least=0, below=1
+    )
+    z_loss: float = setting(0.0, "weight of log² Z added to each token's loss; part of the artifact", at_least=0)
     resume: Literal["off", "auto"] = setting("off", "auto: go on from this run's newest checkpoint, if it has one")
     deterministic: bool = setting(False, "equal bits in every run on a GPU too (a CPU always does)")
     shard_optimizer: bool = setting(False, "ZeRO-1: each worker keeps and updates a share of masters and moments")

@@ -25,10 +25,14 @@ from compiled.reduction import OneWorker, Reducer
 
 
 class StepResult(NamedTuple):
-    """0-d tensors on the device: reading them waits for it. `grad_norm` is None when gradients are not clipped."""
+    """0-d tensors on the device: reading them waits for it. `grad_norm` is None when gradients are not clipped.
+
+    `objective`: what was minimised, summed like the loss; None when it is the loss.
+    """
 
     loss: Tensor
     grad_norm: Tensor | None
+    objective: Tensor | None = None
 
 
 class EagerProgram:
@@ -47,10 +51,11 @@ class EagerProgram:
         groups: Sequence[ParameterGroup] | None = None,
         reducer: Reducer | None = None,
         stats_every: int | None = None,
+        loss_terms: Mapping[str, float] | None = None,
     ) -> None:
-        """`groups`: the rules of the parameters; None: the default optimizer's."""
+        """`groups`: the rules of the parameters; None: the default optimizer's. `loss_terms`: of compiled.objective."""
         groups = parameter_groups(OptimizerConfig(), model) if groups is None else groups
-        self.model = model
+        self.model, self.loss_terms = model, loss_terms or {}
         self.reducer: Reducer = reducer or OneWorker()
         self.reducer.assign([sum(parameter.nbytes for parameter in model.parameters())])
         assert not self.reducer.shards, "the eager twin keeps its optimizer state whole"
@@ -97,7 +102,7 @@ class EagerProgram:
         self.measuring.after_update(gradients)
         self._store_state(states)
         self.measuring.finish(self.reducer)
-        return StepResult(loss, grad_norm)
+        return StepResult(loss[0], grad_norm, loss[1]) if loss.ndim else StepResult(loss, grad_norm)
 
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
         """Forward passes of one step that let the backends see their ranges; nothing else changes."""
@@ -153,7 +158,13 @@ class EagerProgram:
             hits = flat.detach().argmax(-1) == microbatch["labels"].flatten()
             self.measuring.count_hits((microbatch["grad_scale"].flatten() * hits).sum())
         each = F.cross_entropy(flat, microbatch["labels"].flatten(), reduction="none")
-        return (microbatch["grad_scale"].flatten() * each).sum(), state
+        scale, terms = microbatch["grad_scale"].flatten(), self.loss_terms
+        if not terms or not self.model.training:
+            return (scale * each).sum(), state
+        smoothing, penalty = terms.get("label_smoothing", 0.0), terms.get("z_loss", 0.0)
+        smoothed = F.cross_entropy(flat, microbatch["labels"].flatten(), reduction="none", label_smoothing=smoothing)
+        minimised = smoothed + penalty * flat.logsumexp(-1).square()
+        return torch.stack([(scale * each).sum(), (scale * minimised).sum()]), state
 
     def _loss_and_gradients(
         self, microbatches: Sequence[Mapping[str, Tensor]]
@@ -166,14 +177,15 @@ class EagerProgram:
             self.measuring.enter("backward")
             states.append(state)
             losses.append(loss.detach())
-            found = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
+            minimised = loss[1] if loss.ndim else loss
+            found = torch.autograd.grad(minimised, list(self.parameters.values()), materialize_grads=True)
             for name, gradient in zip(self.parameters, found, strict=True):
                 wide = gradient.to(self.arithmetic)
                 total[name] = total[name] + wide if name in total else wide
         self.measuring.enter("reduce")
         self.reducer.start(0, total)
         ((_, summed),) = self.reducer.finished(everything=True)
-        return self.reducer.sum_(torch.stack(losses).sum()), summed, states
+        return self.reducer.sum_(torch.stack(losses).sum(0)), summed, states
 
     @torch.no_grad()
     def _store_state(self, states: list[CollectedState]) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from apps.training.config_schema import TrainConfig
 from apps.training.eager_program import EagerProgram
+from apps.training.loss import loss_terms
 from apps.training.memory import (
     MemoryEstimate,
     compiled_estimate,
@@ -61,10 +62,16 @@ def make_program(
     config: TrainConfig, plan: StepPlan, artifact: Artifact | None, model: Any, workers: Workers
 ) -> Program:
     """The program that trains `model` in place, one of `workers` alike."""
-    precision, reducer = plan.precision, _reducer(config, workers)
+    precision, reducer, terms = plan.precision, _reducer(config, workers), loss_terms(config.training)
     if artifact is None:
-        every = config.logging.stats_every
-        return EagerProgram(model, groups=plan.groups, precision=precision, reducer=reducer, stats_every=every)
+        return EagerProgram(
+            model,
+            groups=plan.groups,
+            precision=precision,
+            reducer=reducer,
+            loss_terms=terms,
+            stats_every=config.logging.stats_every,
+        )
     master = None if precision.master == "none" else as_torch(precision.master)
     return _program_class(config.run.cuda_graph, artifact)(
         artifact,
@@ -72,6 +79,7 @@ def make_program(
         moments_dtype=as_torch(precision.moments),
         master_dtype=master,
         reducer=reducer,
+        loss_terms=terms,
         stats_every=config.logging.stats_every,
     )
 

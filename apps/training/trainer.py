@@ -28,12 +28,14 @@ from backends.precision import PrecisionPolicy, as_torch, at_least_float32
 
 
 class StepResult(Protocol):
-    """0-d tensors on the device; `grad_norm` is None when gradients are not clipped."""
+    """0-d tensors on the device; `grad_norm` is None without clipping, `objective` where it is the loss."""
 
     @property
     def loss(self) -> Tensor: ...
     @property
     def grad_norm(self) -> Tensor | None: ...
+    @property
+    def objective(self) -> Tensor | None: ...
 
 
 class Program(Protocol):
@@ -200,7 +202,7 @@ class Trainer:
             _to_device(table, self.device),
             self.recipe.max_grad_norm,
         )
-        scalars = [result.loss] if result.grad_norm is None else [result.loss, result.grad_norm]
+        scalars = {"loss": result.loss, "grad_norm": result.grad_norm, "objective": result.objective}
         measured = None if self.statistics is None else self.statistics.copy(reading)
         return _Queued(step, self.count.position(step).epoch, lr, num_tokens, num_counted, _HostCopy(scalars), measured)
 
@@ -238,27 +240,33 @@ class _Queued:
 
     def record(self, begin: float) -> StepRecord:
         """Wait for the step's numbers; its time runs from `begin` to now."""
-        loss, *norm = self.scalars.read()
+        scalars = self.scalars.read()
         record = StepRecord(
             step=self.step,
             epoch=self.epoch,
-            loss=loss,
+            loss=scalars["loss"],
             lr=self.lr,
             num_tokens=self.num_tokens,
             num_counted=self.num_counted,
             seconds=time.perf_counter() - begin,
-            grad_norm=norm[0] if norm else None,
+            grad_norm=scalars.get("grad_norm"),
+            objective=scalars.get("objective"),
         )
-        if not math.isfinite(loss):
+        if not math.isfinite(record.loss):
             raise NonFiniteLoss(record)
         return record
 
 
 class _HostCopy:
-    """Scalars on their way from the device: copied right behind the work that makes them, ahead of any later work."""
+    """Scalars on their way from the device: copied right behind the work that makes them, ahead of any later work.
 
-    def __init__(self, scalars: Sequence[Tensor]) -> None:
-        values = torch.stack([scalar.detach().double() for scalar in scalars])
+    Those that are None are left out.
+    """
+
+    def __init__(self, scalars: Mapping[str, Tensor | None]) -> None:
+        given = {name: scalar.detach().double() for name, scalar in scalars.items() if scalar is not None}
+        self.names = tuple(given)
+        values = torch.stack(list(given.values()))
         self.done: torch.cuda.Event | None = None
         if values.is_cuda:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -268,12 +276,11 @@ class _HostCopy:
         else:
             self.values = values
 
-    def read(self) -> list[float]:
-        """The numbers, once the device has made them."""
+    def read(self) -> dict[str, float]:
+        """The numbers by name, once the device has made them."""
         if self.done is not None:
             self.done.synchronize()
-        numbers: list[float] = self.values.tolist()
-        return numbers
+        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:

@@ -140,7 +140,10 @@ class Saver:
         """
         if (self.folder / f"iter_{resumed_step}").exists():
             self._saved_step = resumed_step
-        if self._writer is None or not self.is_first:
+        if self._writer is None:
+            return
+        self._writer.prepare(self.nbytes, next(self.model.parameters()).device)
+        if not self.is_first:
             return
         require_writable(self.folder, "checkpoint.save_path")
         require_room(self.folder, self.nbytes, "checkpoint.save_path")

@@ -102,7 +102,8 @@ def step_values(record: StepRecord, tokens: int, rows_per_step: int) -> dict[str
     }
     if record.seconds > 0:
         values |= {"steps_per_second": 1 / record.seconds, "samples_per_second": rows_per_step / record.seconds}
-    return values if record.grad_norm is None else values | {"grad_norm": record.grad_norm}
+    optional = {"grad_norm": record.grad_norm, "objective": record.objective}
+    return values | {name: value for name, value in optional.items() if value is not None}
 
 
 def evaluation_values(evaluation: Evaluation) -> dict[str, float]:
