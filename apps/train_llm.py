@@ -106,6 +106,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.recipe import make_recipe
     from apps.training.reporting.lines import overview, settings_text
     from apps.training.reporting.throughput import training_flops_per_token
+    from apps.training.statistics import make_statistics
     from apps.training.steps import accumulation_steps, count_steps
     from apps.training.trainer import Trainer
 
@@ -164,6 +165,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         article_attention=config.model.article_attention,
         first_step=resumed.step + 1,
         last_step=resumed.last_step(count.total, config.checkpoint.num_steps),
+        statistics=make_statistics(config, plan, program, resumed),
     )
 
     # From here on we write. Ctrl-C lets the running step finish and everything be saved.
@@ -179,6 +181,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         peak=None if peak is None else peak * workers.world_size,
         steps=resumed.records,
         evaluations=resumed.evaluations,
+        sums=trainer.statistics.sums if trainer.statistics else {},
     )
     print(outcome.overview, flush=True)
     saver.start(resumed.step)
@@ -208,9 +211,8 @@ def take_steps(
     from apps.training.trainer import NonFiniteLoss
 
     count, evaluator = trainer.count, Evaluator(config, trainer, loader, stop.asked)
-    rows_per_step = config.training.batch_size * trainer.accumulation * loader.world_size
     with (
-        RunReports(config, outcome, rows_per_step=rows_per_step) if loader.rank == 0 else nullcontext() as reports,
+        RunReports(config, outcome, trainer) if loader.rank == 0 else nullcontext() as reports,
         Progress(count.total, "Training", "steps", mode=config.logging.progress) as progress,
     ):
         progress.update(len(outcome.steps))

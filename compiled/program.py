@@ -45,6 +45,7 @@ class CompiledProgram:
 
     The model lies on the artifact's device in its final dtypes. `moments_dtype` and `master_dtype` as for `Updater`;
     `reducer` sums over the workers of the job. `loss_terms`: the numbers of the artifact's terms (see objective.py).
+    `stats_every`: steps from one that is measured to the next.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class CompiledProgram:
         master_dtype: torch.dtype | None,
         reducer: Reducer | None = None,
         loss_terms: Mapping[str, float] | None = None,
+        stats_every: int | None = None,
     ) -> None:
         self.binding = Binding(artifact, model)
         self.spec = artifact.spec
@@ -77,7 +79,9 @@ class CompiledProgram:
             self.reducer,
             moments_dtype=moments_dtype,
             master_dtype=master_dtype,
+            stats_every=stats_every,
         )
+        self.measuring = self.updater.measuring
         self.optimizer_state = self.updater.optimizer_state
         self.load_optimizer_state = self.updater.load_optimizer_state
 
@@ -97,8 +101,10 @@ class CompiledProgram:
         """
         hyper = hyperparameters.to(self.device, non_blocking=True)
         wide = len(microbatches) > 1 or self.reducer.widens
+        self.measuring.start()
 
         def update(groups: Iterable[tuple[int, Gradients]], coefficient: Tensor) -> None:
+            self.measuring.enter("reduce")
             for group, gradients in groups:
                 self.updater.update(group, gradients, hyper, coefficient, wide=wide)
                 gradients.clear()
@@ -106,9 +112,11 @@ class CompiledProgram:
         def on_start() -> None:
             if max_grad_norm is None:
                 update(self.reducer.finished(everything=False), self.updater.one)
+                self.measuring.enter("backward")
 
         statistics = Statistics(self.binding.tensors)
         loss = self._sum_gradients(microbatches, on_start, statistics)
+        self.measuring.enter("reduce")
         norm, coefficient = None, self.updater.one
         summed = self.reducer.finished(everything=True)
         if max_grad_norm is not None:
@@ -118,6 +126,7 @@ class CompiledProgram:
         update(summed, coefficient)
         statistics.write(self.reducer)
         self.reducer.settle()
+        self.measuring.finish(self.reducer)
         loss = self.reducer.sum_(loss)
         return StepResult(loss[0], norm, loss[1]) if loss.ndim else StepResult(loss, norm)
 
@@ -183,8 +192,15 @@ class CompiledProgram:
     def _sweep(self, microbatch: Mapping[str, Tensor], sink: Sink, statistics: Statistics) -> Tensor:
         """Forward, head and backward of one microbatch; each group's gradients go to the sink when they are final."""
         run = self.binding.run
+        self.measuring.enter("forward")
         hidden, stash = self._forward(microbatch, statistics, keep=True)
+        self.measuring.enter("head")
         loss, grad, ends = self._head_step(hidden, microbatch, statistics)
+        if self.measuring.measures:
+            self.measuring.enter("accuracy")
+            hits = [run(self.head["evaluate"], chunk)["accuracy"] for chunk in self._chunks(hidden, microbatch)]
+            self.measuring.count_hits(_total(hits))
+        self.measuring.enter("backward")
         # final but for a tied weight, to which the embedding adds; on their way during the whole backward
         final = self.updater.groups[self.head_group]["parameters"].values()
         sink(self.head_group, {full: ends.pop(full) for full in final})

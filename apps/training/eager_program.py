@@ -20,6 +20,7 @@ from apps.training.eager_update import make_updates
 from apps.training.parameter_groups import ParameterGroup, parameter_groups
 from backends.precision import BITS, PrecisionPolicy, as_torch
 from backends.state import CollectedState, collect_state, require_calibrated, set_first_row
+from compiled.measuring import Measuring, Unmeasured
 from compiled.reduction import OneWorker, Reducer
 
 
@@ -49,6 +50,7 @@ class EagerProgram:
         precision: PrecisionPolicy,
         groups: Sequence[ParameterGroup] | None = None,
         reducer: Reducer | None = None,
+        stats_every: int | None = None,
         loss_terms: Mapping[str, float] | None = None,
     ) -> None:
         """`groups`: the rules of the parameters; None: the default optimizer's. `loss_terms`: of compiled.objective."""
@@ -71,6 +73,10 @@ class EagerProgram:
             for name, parameter in self.parameters.items()
         }
         self.updates = make_updates(groups, self.weights)
+        self.measuring = Unmeasured()
+        if stats_every is not None:
+            device = next(model.parameters()).device
+            self.measuring = Measuring(list(self.weights), self.weights, stats_every, device)
         self.row_of = {name: row for row, (name, _) in enumerate(model.named_parameters())}
 
     def train_step(
@@ -81,7 +87,9 @@ class EagerProgram:
         `hyperparameters` as `hyperparameter_table` makes it, on the host.
         """
         self.model.train()
+        self.measuring.start()
         loss, gradients, states = self._loss_and_gradients(microbatches)
+        self.measuring.before_update(gradients)
         grad_norm = None
         if max_grad_norm is not None:
             grad_norm = nn.utils.get_total_norm(gradients.values())
@@ -91,7 +99,9 @@ class EagerProgram:
         for update in self.updates:
             update.step(gradients, rows)
         self._store()
+        self.measuring.after_update(gradients)
         self._store_state(states)
+        self.measuring.finish(self.reducer)
         return StepResult(loss[0], grad_norm, loss[1]) if loss.ndim else StepResult(loss, grad_norm)
 
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -124,7 +134,7 @@ class EagerProgram:
         }
         if self.has_masters:
             state |= {f"{name}.master": weight for name, weight in self.weights.items()}
-        return state
+        return state | self.measuring.state()
 
     @torch.no_grad()
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -136,6 +146,7 @@ class EagerProgram:
                 weight.copy_(self.parameters[name])
         for update in self.updates:
             update.load(tensors)
+        self.measuring.load_state(tensors)
 
     def _loss_and_state(self, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, CollectedState]:
         extra = {"article_ids": microbatch["article_ids"]} if "article_ids" in microbatch else {}
@@ -143,6 +154,9 @@ class EagerProgram:
         with collect_state() as state:
             logits = self.model(input_ids=microbatch["input_ids"], use_cache=False, **extra).logits
         flat = logits.to(self.logits_dtype).flatten(0, 1)
+        if self.measuring.measures and self.model.training:
+            hits = flat.detach().argmax(-1) == microbatch["labels"].flatten()
+            self.measuring.count_hits((microbatch["grad_scale"].flatten() * hits).sum())
         each = F.cross_entropy(flat, microbatch["labels"].flatten(), reduction="none")
         scale, terms = microbatch["grad_scale"].flatten(), self.loss_terms
         if not terms or not self.model.training:
@@ -158,7 +172,9 @@ class EagerProgram:
         losses, states = [], []
         total: dict[str, Tensor] = {}
         for microbatch in microbatches:
+            self.measuring.enter("forward")
             loss, state = self._loss_and_state(microbatch)
+            self.measuring.enter("backward")
             states.append(state)
             losses.append(loss.detach())
             minimised = loss[1] if loss.ndim else loss
@@ -166,6 +182,7 @@ class EagerProgram:
             for name, gradient in zip(self.parameters, found, strict=True):
                 wide = gradient.to(self.arithmetic)
                 total[name] = total[name] + wide if name in total else wide
+        self.measuring.enter("reduce")
         self.reducer.start(0, total)
         ((_, summed),) = self.reducer.finished(everything=True)
         return self.reducer.sum_(torch.stack(losses).sum(0)), summed, states
