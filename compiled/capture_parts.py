@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from backends.precision import PrecisionPolicy, as_torch
 from compiled.capture import Captured, Sources, capture_function
-from compiled.objective import loss_and_objective, loss_sum
+from compiled.objective import hits_sum, loss_and_objective, loss_sum
 from compiled.stages import Stage, StagedModel, canonical_names, stage_of
 
 
@@ -71,7 +71,7 @@ def capture_head(
     chunks: int,
     loss_terms: Sequence[str] = (),
 ) -> list[Captured]:
-    """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss).
+    """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss and accuracy).
 
     Inputs: parameters, state, hidden_states [T/chunks, H], labels [T/chunks], grad_scale [T/chunks], and first_row, the
     chunk's first token within the step, where a backend counts from it. With several
@@ -119,7 +119,8 @@ def capture_head(
         named = dict(zip(inputs, flat, strict=True))
         weights = {key: named[key] for key in tensors}
         logits, _ = stage.call(weights, named["hidden_states"], first_row=named.get("first_row"))
-        return (loss_sum(logits.to(logits_dtype), named["labels"], named["grad_scale"]),)
+        given = (logits.to(logits_dtype), named["labels"], named["grad_scale"])
+        return loss_sum(*given), hits_sum(*given)
 
     terms_given = {name: sources.empty((), inputs["grad_scale"].dtype) for name in loss_terms}
     train_inputs = inputs | ({} if chunks == 1 else sums) | terms_given
@@ -130,7 +131,7 @@ def capture_head(
         "head_train", train, train_inputs, outputs, mutated=[] if chunks == 1 else list(sums)
     )
     stage.module.eval()
-    evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss"])
+    evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss", "accuracy"])
     stage.module.train()
     return [train_region, evaluate_region]
 

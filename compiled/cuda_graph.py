@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled.program import CompiledProgram, StepResult
+from compiled.measuring import Mode
+from compiled.phases import Mark
+from compiled.program import CompiledProgram
+from compiled.step_result import StepResult
 
 
 @dataclass
@@ -23,6 +26,7 @@ class _Recorded:
     hyperparameters: Tensor
     max_grad_norm: Tensor | None
     result: StepResult
+    marks: list[Mark]  # the events that tell where its time goes
 
 
 class GraphedProgram(CompiledProgram):
@@ -33,9 +37,10 @@ class GraphedProgram(CompiledProgram):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # by number of microbatches, whether gradients are clipped by norm, and the value they are clipped by; None: ran
-        # once, to be recorded next
-        self._records: dict[tuple[int, bool, float | None], _Recorded | None] = {}
+        # by number of microbatches, whether gradients are clipped by norm, the value they are clipped by, and what is
+        # measured; None: ran once, recorded next
+        self._records: dict[tuple[int, bool, float | None, Mode], _Recorded | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # recordings share their memory: one replays at a time
 
     def train_step(
         self,
@@ -45,7 +50,7 @@ class GraphedProgram(CompiledProgram):
         max_grad_value: float | None = None,
     ) -> StepResult:
         """As `CompiledProgram.train_step`; each number of microbatches, clipped or not, has a recording of its own."""
-        kind = (len(microbatches), max_grad_norm is None, max_grad_value)
+        kind = (len(microbatches), max_grad_norm is None, max_grad_value, self.measuring.mode)
         if kind not in self._records:
             self._records[kind] = None
             return super().train_step(microbatches, hyperparameters, max_grad_norm, max_grad_value)
@@ -59,6 +64,7 @@ class GraphedProgram(CompiledProgram):
             record.max_grad_norm.fill_(max_grad_norm)  # type: ignore[arg-type]
         record.graph.replay()
         # the next replay overwrites these, and a loss may be read a step late
+        self.measuring.phases.marks = record.marks
         result = record.result
         return StepResult(
             result.loss.clone(), _copied(result.grad_norm), _copied(result.objective), _copied(result.applied)
@@ -80,9 +86,9 @@ class GraphedProgram(CompiledProgram):
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog thread asks the device about its events meanwhile: only this thread is being recorded.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = super().train_step(static, hyper, clip, max_grad_value)
-        return _Recorded(graph, static, hyper, clip, result)
+        return _Recorded(graph, static, hyper, clip, result, self.measuring.phases.marks)
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

@@ -183,6 +183,8 @@ class LoggingConfig:
     run_id: str | None = setting(None, "the loggers' id of the run; null: chosen, in run_id.txt")
     tags: list[str] = setting(factory=list, help="the loggers' tags of the run: [TAG, …]")
     offline: bool = setting(False, "loggers write to OUTPUT_DIR and reach for no server")
+    stats_every: int | None = setting(None, "statistics of every so many steps; to csv, if to nobody", at_least=1)
+    stats_by: Literal["part", "group", "parameter"] = setting("part", "statistics of blocks, optimizer groups, each")
     records_per_second: float = setting(10.0, "at most so many records a second to the loggers", above=0)
 
 

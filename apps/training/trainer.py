@@ -22,6 +22,7 @@ from apps.training.hyperparameters import hyperparameter_table
 from apps.training.loss import Batch, make_batch, microbatches
 from apps.training.recipe import Recipe
 from apps.training.reporting.records import Evaluation, StepRecord
+from apps.training.statistics import MeasuredStep, RunStatistics
 from apps.training.steps import StepCount
 from backends.precision import PrecisionPolicy, as_torch, at_least_float32
 
@@ -97,6 +98,7 @@ class Trainer:
     first_step: int
     last_step: int
     skipped_before: int = 0  # steps in a row, up to `first_step`
+    statistics: RunStatistics | None = None
 
     @cached_property
     def loss_dtype(self) -> torch.dtype:
@@ -134,11 +136,11 @@ class Trainer:
             if queued is None:
                 break
             waiting.append(queued)
-            is_wanted = bool(on_queued(step))
+            is_wanted = bool(on_queued(step)) or queued.measured is not None
             settle = self.device.type == "cpu" or step == self.last_step or is_wanted or pause_after(step)
             # what may be the last straw is waited for
             while len(waiting) > (0 if settle or 0 < most <= in_a_row + 1 else 1):
-                record = waiting.pop(0).record(begin)
+                record = self._record(waiting.pop(0), begin)
                 begin = time.perf_counter()
                 in_a_row = in_a_row + 1 if record.skipped else 0
                 yield record
@@ -147,7 +149,7 @@ class Trainer:
             if pause_after(step):
                 begin = time.perf_counter()
         for late in waiting:
-            yield late.record(begin)
+            yield self._record(late, begin)
             begin = time.perf_counter()
 
     def calibrate(self, rows: Iterable[Rows], passes: int) -> None:
@@ -186,13 +188,17 @@ class Trainer:
     def _queue(self, step: int, supply: Iterator[Rows], should_stop: Callable[[], bool]) -> _Queued | None:
         """Hand one optimizer step to the device; None when a worker asks to stop before it."""
         self.workers.doing(f"reading rows of step {step}")
+        begin = time.perf_counter()
         batches = self._read(supply)
+        reading = time.perf_counter() - begin
         counts = (sum(batch.num_counted for batch in batches), sum(batch.num_tokens for batch in batches))
         self.workers.waiting(f"waiting for the others to begin step {step}")
         num_counted, num_tokens, stops = self.workers.sum_counts(*counts, int(should_stop()))
         if stops:
             return None
         self.workers.doing(f"computing step {step}")
+        if self.statistics is not None:
+            self.statistics.begin(step)
         recipe = self.recipe
         lr = recipe.rate(step, recipe.peak)
         table = hyperparameter_table(
@@ -211,7 +217,14 @@ class Trainer:
             self.recipe.max_grad_value,
         )
         scalars = {name: getattr(result, name) for name in ("loss", "grad_norm", "objective", "applied")}
-        return _Queued(step, self.count.position(step).epoch, lr, num_tokens, num_counted, _HostCopy(scalars))
+        measured = None if self.statistics is None else self.statistics.copy(reading)
+        return _Queued(step, self.count.position(step).epoch, lr, num_tokens, num_counted, _HostCopy(scalars), measured)
+
+    def _record(self, queued: _Queued, begin: float) -> StepRecord:
+        record = queued.record(begin)
+        if self.statistics is not None:
+            self.statistics.tell(record, queued.measured)
+        return record
 
     def _read(self, supply: Iterator[Rows]) -> list[Batch]:
         """This worker's batches of the next step."""
@@ -237,6 +250,7 @@ class _Queued:
     num_tokens: int
     num_counted: int
     scalars: _HostCopy
+    measured: MeasuredStep | None
 
     def record(self, begin: float) -> StepRecord:
         """Wait for the step's numbers; its time runs from `begin` to now."""
