@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from apps.training.data.packing import Rows
+from apps.training.host_copy import HostScalars
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.loss import Batch, make_batch, microbatches
 from apps.training.recipe import Recipe
@@ -218,7 +219,9 @@ class Trainer:
         )
         scalars = {name: getattr(result, name) for name in ("loss", "grad_norm", "objective", "applied")}
         measured = None if self.statistics is None else self.statistics.copy(reading)
-        return _Queued(step, self.count.position(step).epoch, lr, num_tokens, num_counted, _HostCopy(scalars), measured)
+        return _Queued(
+            step, self.count.position(step).epoch, lr, num_tokens, num_counted, HostScalars(scalars), measured
+        )
 
     def _record(self, queued: _Queued, begin: float) -> StepRecord:
         record = queued.record(begin)
@@ -249,7 +252,7 @@ class _Queued:
     lr: float
     num_tokens: int
     num_counted: int
-    scalars: _HostCopy
+    scalars: HostScalars
     measured: MeasuredStep | None
 
     def record(self, begin: float) -> StepRecord:
@@ -270,32 +273,6 @@ class _Queued:
         if not math.isfinite(record.loss) and not record.skipped:
             raise NonFiniteLoss(record)
         return record
-
-
-class _HostCopy:
-    """Scalars on their way from the device: copied right behind the work that makes them, ahead of any later work.
-
-    Those that are None are left out.
-    """
-
-    def __init__(self, scalars: Mapping[str, Tensor | None]) -> None:
-        given = {name: scalar.detach().double() for name, scalar in scalars.items() if scalar is not None}
-        self.names = tuple(given)
-        values = torch.stack(list(given.values()))
-        self.done: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.values.copy_(values, non_blocking=True)
-            self.done = torch.cuda.Event()
-            self.done.record()
-        else:
-            self.values = values
-
-    def read(self) -> dict[str, float]:
-        """The numbers by name, once the device has made them."""
-        if self.done is not None:
-            self.done.synchronize()
-        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
