@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -125,6 +125,28 @@ class Backend:
         [B, 1, S, S_kv]; a query that may attend nothing gets zeros. Without a mask, `is_causal` lets query i see keys
         0…i; a single query (decoding) sees all.
         """
+        return self.attention_of_products(
+            q, k, v, mask=mask, scale=scale, is_causal=is_causal, state=state, training=training
+        )
+
+    def drops_attention(self) -> bool:
+        """Whether `attention_of_products` is this backend's attention, so that its weights can be dropped out."""
+        return type(self).attention is Backend.attention
+
+    def attention_of_products(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool,
+        state: State,
+        training: bool = False,
+        drop: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, State]:
+        """`attention` with every weight computed; `drop` changes the weights [B, heads, S, S_kv] behind the softmax."""
         batch, heads, queries, head_dim = q.shape
         groups, keys = k.shape[1], k.shape[2]
         # The heads that share a key head become more rows of one product.
@@ -137,6 +159,7 @@ class Backend:
             weights = scores.softmax(-1)
         else:
             weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~mask, 0.0)
+        weights = weights if drop is None else drop(weights)
         weights = weights.to(q.dtype).view(batch, groups, heads // groups * queries, keys)
         out, new_values = self.matmul(weights, v, _part("values", state), training=training)
         new_state = {f"scores_{name}": tensor for name, tensor in new_scores.items()}

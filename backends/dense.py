@@ -23,6 +23,9 @@ class Dense(Backend):
     def matmul(self, a: Tensor, b: Tensor, state: State, *, training: bool = False) -> tuple[Tensor, State]:
         return a @ b, state
 
+    def drops_attention(self) -> bool:
+        return True
+
     def attention(
         self,
         q: Tensor,
@@ -36,7 +39,7 @@ class Dense(Backend):
         training: bool = False,
     ) -> tuple[Tensor, State]:
         if training and _composed_is_faster(q, k):
-            return super().attention(q, k, v, mask=mask, scale=scale, is_causal=is_causal, state=state)
+            return self.attention_of_products(q, k, v, mask=mask, scale=scale, is_causal=is_causal, state=state)
         queries, heads, groups = q.shape[2], q.shape[1], k.shape[1]
         is_causal = is_causal and mask is None and queries > 1
         if is_causal and k.shape[2] > queries:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -121,16 +121,34 @@ class BackendAttention(Stateful):
         self.set_state(backend.attention_state(self.num_heads, self.head_dim), device_of(self))
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float, is_causal: bool = True
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        scale: float,
+        is_causal: bool = True,
+        drop: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """softmax(q kᵀ · scale) v: q [B, heads, S, head_dim], k and v [B, key_value_heads, S_kv, head_dim] → as q.
 
         `mask` is boolean, True = attend, broadcast to [B, 1, S, S_kv]; `is_causal` counts only without a mask.
+        `drop`: what training does to the weights [B, heads, S, S_kv] behind the softmax. UserError where the backend
+        does not make them.
         """
         q, k, v = (_cast(x, self.compute_dtype) for x in (q, k, v))
         backend = self.backend
+        compute: Callable[..., Any] = backend.attention
+        if drop is not None and self.training:
+            if not backend.drops_attention():
+                raise UserError(
+                    f"Backend {backend} computes attention in one piece, whose weights cannot be dropped out. "
+                    "Use model.attention_dropout=0, or another backend for attention."
+                )
+            compute = partial(backend.attention_of_products, drop=drop)
         out = self.call_with_state(
-            lambda state: backend.attention(
+            lambda state: compute(
                 q, k, v, mask=mask, scale=scale, is_causal=is_causal, state=state, training=self.training
             )
         )

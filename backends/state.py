@@ -175,9 +175,10 @@ def reset_state(model: nn.Module) -> None:
 
     A model built on the meta device needs it when its parameters were put in place one by one.
     """
+    of_model = device_of(model)
     for module in model.modules():
         if isinstance(module, Stateful) and module.state_specs:
-            module.set_state(module.state_specs, device_of(module))
+            module.set_state(module.state_specs, device_of(module) or of_model)
 
 
 def device_of(module: nn.Module) -> torch.device | None:

@@ -1,15 +1,18 @@
 """The part of the step that is not a stage: the head with its loss.
 
 The head computes logits a chunk of tokens at a time, so that full logits never exist; the program runs it once for
-each chunk. Loss = Σ grad_scale · CE, and grad_scale comes in as a tensor: a divisor known to the trace would be baked
-in.
+each chunk. Loss = Σ grad_scale · CE (objective.py), and grad_scale comes in as a tensor: a divisor known to the trace
+would be baked in.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from backends.precision import PrecisionPolicy, as_torch
 from compiled.capture import Captured, Sources, capture_function
+from compiled.objective import hits_sum, loss_and_objective, loss_sum
 from compiled.stages import Stage, StagedModel, canonical_names, stage_of
 
 
@@ -30,30 +33,26 @@ def head_stage(model: StagedModel) -> Stage:
     return stage_of("head", module, canonical_names(model), paths)
 
 
-def loss_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
-    """Σ grad_scale · CE over tokens: logits [T, V], labels [T], grad_scale [T] → 0-d, in the wider of their dtypes.
-
-    The target's logit is picked by comparing with an index, not by gather: the backward is then one fused elementwise
-    pass instead of a scatter into zeros.
-    """
-    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
-    target = torch.where(vocabulary == labels[:, None], logits, 0).sum(-1)
-    return ((torch.logsumexp(logits, -1) - target) * grad_scale).sum()
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Gradients that are summed (over chunks, microbatches) are summed in at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def capture_head(
-    stage: Stage, sources: Sources, policy: PrecisionPolicy, tokens: int, hidden_size: int, chunks: int
+    stage: Stage,
+    sources: Sources,
+    policy: PrecisionPolicy,
+    tokens: int,
+    hidden_size: int,
+    chunks: int,
+    loss_terms: Sequence[str] = (),
 ) -> list[Captured]:
-    """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss).
+    """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss and accuracy).
 
     Inputs: parameters, state, hidden_states [T/chunks, H], labels [T/chunks], grad_scale [T/chunks], and first_row, the
     chunk's first token within the step, where a backend counts from it. With several
     chunks `head_train` adds its parameter gradients onto `sum_<parameter>` buffers in place; with one it returns them.
+    `loss_terms`: further inputs of `head_train`, 0-d; its `loss` is then [2], cross entropy and what is minimised.
     """
     rows, logits_dtype = tokens // chunks, as_torch(policy.logits)
     tensors = sources.stage_tensors(stage, with_grad=False)
@@ -79,8 +78,11 @@ def capture_head(
                 leaves["hidden_states"],
                 first_row=named.get("first_row"),
             )
-            loss = loss_sum(logits.to(logits_dtype), named["labels"], named["grad_scale"])
-            gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+            given = (logits.to(logits_dtype), named["labels"], named["grad_scale"])
+            terms = {name: named[name] for name in loss_terms}
+            loss = loss_and_objective(*given, terms) if terms else loss_sum(*given)
+            objective = loss[1] if terms else loss
+            gradients = dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))
         results = [loss.detach(), gradients.pop("hidden_states")]
         results += [new_state[key] if key in new_state else named[key].clone() for key in state_names]
         if chunks == 1:
@@ -93,9 +95,11 @@ def capture_head(
         named = dict(zip(inputs, flat, strict=True))
         weights = {key: named[key] for key in tensors}
         logits, _ = stage.call(weights, named["hidden_states"], first_row=named.get("first_row"))
-        return (loss_sum(logits.to(logits_dtype), named["labels"], named["grad_scale"]),)
+        given = (logits.to(logits_dtype), named["labels"], named["grad_scale"])
+        return loss_sum(*given), hits_sum(*given)
 
-    train_inputs = inputs if chunks == 1 else inputs | sums
+    terms_given = {name: sources.empty((), inputs["grad_scale"].dtype) for name in loss_terms}
+    train_inputs = inputs | ({} if chunks == 1 else sums) | terms_given
     outputs = ["loss", "grad_hidden_states", *(f"new_{name}" for name in state_names)]
     outputs += [f"grad_{name}" for name in trained] if chunks == 1 else []
     stage.module.train()
@@ -103,6 +107,6 @@ def capture_head(
         "head_train", train, train_inputs, outputs, mutated=[] if chunks == 1 else list(sums)
     )
     stage.module.eval()
-    evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss"])
+    evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss", "accuracy"])
     stage.module.train()
     return [train_region, evaluate_region]

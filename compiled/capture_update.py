@@ -59,7 +59,8 @@ def totals_of(optimizers: Iterable[Optimizer]) -> list[tuple[str, str]]:
 class UpdateCapture:
     """Traces one group: `optimizers` gives each parameter's rule, by the name that the region uses.
 
-    `columns`: of the table of numbers. `totals`: all sums of the step, as `totals_of` gives them.
+    `columns`: of the table of numbers. `totals`: all sums of the step, as `totals_of` gives them. `skips`: a grad_coef
+    that is not finite leaves everything as it is.
     """
 
     def __init__(
@@ -71,7 +72,9 @@ class UpdateCapture:
         sources: Sources,
         columns: int,
         totals: Sequence[tuple[str, str]] = (),
+        skips: bool = False,
     ) -> None:
+        self.skips = skips
         self.parameters, self.policy, self.columns, self.totals = parameters, policy, columns, list(totals)
         self.with_master = policy.master != "none"
         self.work = accumulation_dtype(as_torch(policy.master if self.with_master else policy.parameters))
@@ -145,8 +148,13 @@ class UpdateCapture:
         )
 
     def _store(self, named: Mapping[str, Tensor], name: str, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+        applied = torch.isfinite(named["grad_coef"]) if self.skips else None
+        if applied is not None:
+            # from the master where there is one: the parameter, its rounding, need not be read
+            parameter = torch.where(applied, parameter, named[f"master_{name}" if self.with_master else name])
         for key, value in state.items():
-            named[f"{key}_{name}"].copy_(value)
+            kept = named[f"{key}_{name}"]
+            kept.copy_(value if applied is None else torch.where(applied, value, kept))
         if self.with_master:
             named[f"master_{name}"].copy_(parameter)
         if self.policy.rounding == "stochastic":
@@ -164,6 +172,7 @@ def capture_update(
     sources: Sources,
     columns: int,
     totals: Sequence[tuple[str, str]] = (),
+    skips: bool = False,
 ) -> Captured:
     """The update of a group of parameters, each by its optimizer, in place, one region.
 
@@ -171,6 +180,6 @@ def capture_update(
     rate and decay; the first columns are its optimizer's, the last the key of stochastic rounding), `grad_coef` 0-d
     (clipping), then for each parameter p: p, `grad_p`, `<state>_p`…, `master_p` if there is one, and last `totals`, the
     sums over all groups, where a rule wants some. Arithmetic is done in at least float32; output: a copy of grad_coef
-    (a region must return something).
+    (a region must return something). `skips`: a grad_coef that is not finite leaves everything as it is.
     """
-    return UpdateCapture(optimizers, parameters, gradient_dtypes, policy, sources, columns, totals).update(name)
+    return UpdateCapture(optimizers, parameters, gradient_dtypes, policy, sources, columns, totals, skips).update(name)

@@ -92,10 +92,11 @@ def add_updates(
     optimizers: Mapping[str, Optimizer],
     policy: PrecisionPolicy,
     sources: Sources,
+    skips: bool = False,
 ) -> list[dict[str, Any]]:
     """Capture the update of every distinct group; returns a schedule entry for each block, the head, the embedding.
 
-    `optimizers`: the rule of each trained parameter, by its full name.
+    `optimizers`: the rule of each trained parameter, by its full name. `skips`: as for `UpdateCapture`.
     """
     known: dict[str, dict[str, Any]] = {}
     entries = []
@@ -108,7 +109,7 @@ def add_updates(
         kind = repr((group.shapes, group.direct, [rule.key for rule in rules.values()]))
         if kind not in known:
             label = label or f"update_{len(known)}"
-            known[kind] = _capture_group(regions, label, group, rules, policy, sources, columns, totals)
+            known[kind] = _capture_group(regions, label, group, rules, policy, sources, columns, totals, skips)
         entries.append(known[kind] | {"parameters": group.names})
     return entries
 
@@ -122,6 +123,7 @@ def _capture_group(
     sources: Sources,
     columns: int,
     totals: Sequence[tuple[str, str]],
+    skips: bool,
 ) -> dict[str, Any]:
     """The regions of a group, and the shapes of its parameters' state."""
     if not group.shapes:
@@ -132,7 +134,7 @@ def _capture_group(
     entry: dict[str, Any] = {"direct": label, "summed": summed, "state": state}
     wants_sums = any(rule.total_names for rule in rules.values())
     for name, dtypes in {label: group.direct, summed: group.summed}.items():
-        capture = UpdateCapture(rules, tensors, dtypes, policy, sources, columns, totals)
+        capture = UpdateCapture(rules, tensors, dtypes, policy, sources, columns, totals, skips)
         regions[name] = capture.update(name)
         if wants_sums:
             regions[f"total_{name}"] = capture.total(f"total_{name}")

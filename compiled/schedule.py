@@ -77,12 +77,15 @@ def _capture_step(
 
     head = head_stage(model)
     tokens = spec.batch_size * spec.max_seq_length
-    for captured in capture_head(head, sources, policy, tokens, hidden_states.shape[-1], spec.head_chunks):
+    sizes = (tokens, hidden_states.shape[-1], spec.head_chunks)
+    for captured in capture_head(head, sources, policy, *sizes, spec.loss_terms):
         regions[captured.spec.name] = captured
     schedule.head = {"train": "head_train", "evaluate": "head_evaluate", "chunks": spec.head_chunks} | slots(head)
 
     schedule.embed["lookup_rows"] = lookup_rows(embed, head)
-    schedule.updates = add_updates(regions, blocks, embed, head, spec.head_chunks, optimizers, policy, sources)
+    schedule.updates = add_updates(
+        regions, blocks, embed, head, spec.head_chunks, optimizers, policy, sources, spec.skips_nonfinite
+    )
     return regions, schedule
 
 

@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple
 
 from backends.errors import UserError
 from backends.precision import PrecisionPolicy, as_torch
+from modelzoo.dropout import name_dropouts
 from modelzoo.llama_block import (
     ZooLlamaDecoderLayer,
     ZooLlamaEmbedding,
@@ -136,6 +137,7 @@ class ZooLlamaForCausalLM(ZooLlamaPreTrainedModel, GenerationMixin):
         self.model = ZooLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = make_linear(config, config.hidden_size, config.vocab_size)
+        name_dropouts(self)
         self.post_init()
 
     @can_return_tuple

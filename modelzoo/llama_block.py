@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from backends.layers import BackendAttention, BackendLinear
 from backends.precision import as_torch
+from modelzoo.dropout import make_dropout
 from modelzoo.llama_config import ZooLlamaConfig
 from modelzoo.rotary import rotate
 
@@ -41,10 +42,12 @@ class ZooLlamaEmbedding(nn.Embedding):
     def __init__(self, config: ZooLlamaConfig) -> None:
         super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.residual_dtype = chosen_dtype(config.residual_dtype)
+        self.dropout = make_dropout(config.drop_embedding)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden_states = super().forward(input_ids)
-        return hidden_states.to(self.residual_dtype or hidden_states.dtype)
+        hidden_states = hidden_states.to(self.residual_dtype or hidden_states.dtype)
+        return hidden_states if self.dropout is None else self.dropout(hidden_states)
 
 
 class ZooLlamaRMSNorm(nn.Module):
@@ -81,6 +84,7 @@ class ZooLlamaAttention(BackendAttention):
         self.k_proj = make_linear(config, config.hidden_size, keys, config.attention_bias)
         self.v_proj = make_linear(config, config.hidden_size, keys, config.attention_bias)
         self.o_proj = make_linear(config, queries, config.hidden_size, config.attention_bias)
+        self.dropout = make_dropout(config.drop_attention)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache_update: CacheUpdate | None
@@ -90,7 +94,8 @@ class ZooLlamaAttention(BackendAttention):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache_update is not None:
             k, v = cache_update(k, v)
-        out = self.attend(q, k, v, mask=mask, scale=self.scaling, is_causal=mask is None and q.shape[2] > 1)
+        is_causal = mask is None and q.shape[2] > 1
+        out = self.attend(q, k, v, mask=mask, scale=self.scaling, is_causal=is_causal, drop=self.dropout)
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -123,6 +128,8 @@ class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
         self.mlp = ZooLlamaMLP(config)
         self.input_layernorm = ZooLlamaRMSNorm(config)
         self.post_attention_layernorm = ZooLlamaRMSNorm(config)
+        self.attention_dropout = make_dropout(config.drop_residual)
+        self.mlp_dropout = make_dropout(config.drop_residual)
 
     def forward(
         self,
@@ -139,7 +146,11 @@ class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
         """
         residual = hidden_states
         hidden_states = self.self_attn(self.input_layernorm(hidden_states), cos, sin, mask, cache_update)
+        if self.attention_dropout is not None:
+            hidden_states = self.attention_dropout(hidden_states)
         hidden_states = residual + hidden_states.to(residual.dtype)
         residual = hidden_states
         hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
+        if self.mlp_dropout is not None:
+            hidden_states = self.mlp_dropout(hidden_states)
         return residual + hidden_states.to(residual.dtype)

@@ -10,6 +10,8 @@ from transformers import LlamaConfig
 from backends.errors import UserError
 from backends.precision import PrecisionPolicy, resolve
 
+DROPOUTS = ("drop_attention", "drop_residual", "drop_embedding")
+
 
 class ZooLlamaConfig(LlamaConfig):
     """A LlamaConfig with the zoo's arguments.
@@ -17,6 +19,8 @@ class ZooLlamaConfig(LlamaConfig):
     compute_dtype, norm_dtype, residual_dtype, logits_dtype: "auto", "float32", "bfloat16" or "float64". "auto" follows
     the parameters' dtype; norms and logits are at least float32.
     article_attention: a token attends inside its own article only; forward then wants article_ids while training.
+    drop_attention, drop_residual, drop_embedding: shares dropped while training of the attention weights, of what each
+    block adds to the residual stream, of the embedding; from 0 to below 1. (A plain config has attention_dropout.)
     max_seq_length: the sequence length it is trained with, or None. Raises UserError for a value that cannot be.
     """
 
@@ -27,6 +31,9 @@ class ZooLlamaConfig(LlamaConfig):
     residual_dtype: str = "auto"
     logits_dtype: str = "auto"
     article_attention: bool = False
+    drop_attention: float = 0.0
+    drop_residual: float = 0.0
+    drop_embedding: float = 0.0
     max_seq_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -34,6 +41,10 @@ class ZooLlamaConfig(LlamaConfig):
         self.precision("float32")  # complains about a dtype that there is not
         if not isinstance(self.article_attention, bool):
             raise UserError(f"article_attention is {self.article_attention!r}. Expected true or false.")
+        for name in DROPOUTS:
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+                raise UserError(f"{name} is {share!r}. Expected a number from 0 to below 1.")
         self._check_max_seq_length()
 
     def precision(self, parameters: str) -> PrecisionPolicy:

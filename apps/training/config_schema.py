@@ -48,6 +48,9 @@ class ModelConfig:
     residual_dtype: AutoDtype = setting("auto", "dtype of the residual stream; auto: model.dtype")
     logits_dtype: AutoDtype = setting("auto", "dtype of logits and loss; auto: at least float32")
     article_attention: bool = setting(False, "tokens attend inside their own article only")
+    attention_dropout: float = setting(0.0, "share of attention weights dropped in training", at_least=0, below=1)
+    residual_dropout: float = setting(0.0, "the same of what blocks add to the residual", at_least=0, below=1)
+    embedding_dropout: float = setting(0.0, "the same of the embedding", at_least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,14 @@ class TrainingConfig:
     evaluate: bool = setting(True, "evaluate on the dev split at the end")
     eval_steps: int | None = setting(None, "evaluate every so many steps too", at_least=1)
     max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; null: do not clip", above=0)
+    max_grad_value: float | None = setting(None, "clip each gradient to ± this, before the norm; null: no", above=0)
+    max_nonfinite_steps: int = setting(
+        0, "skip updates that are not finite; stop at so many in a row; 0: the first such loss ends the run", at_least=0
+    )
+    label_smoothing: float = setting(
+        0.0, "share of the target spread over all tokens; part of the artifact", at_least=0, below=1
+    )
+    z_loss: float = setting(0.0, "weight of log² Z added to each token's loss; part of the artifact", at_least=0)
     resume: Literal["off", "auto"] = setting("off", "auto: go on from this run's newest checkpoint, if it has one")
     deterministic: bool = setting(False, "equal bits in every run on a GPU too (a CPU always does)")
     shard_optimizer: bool = setting(False, "ZeRO-1: each worker keeps and updates a share of masters and moments")
@@ -101,7 +112,7 @@ class OptimizerConfig:
     name: str = setting("adamw", "a file in apps/training/optimizers; short: optimizer=NAME")
     moments_dtype: AutoDtype = setting("auto", "dtype of the optimizer's state; auto: at least float32")
     master_weights: Literal["auto", "none", "float32", "stochastic"] = setting(
-        "auto", "wider copy; auto: float32 for bfloat16; stochastic: none, unbiased rounding"
+        "auto", "wider copy; auto: float32 for bfloat16; stochastic: random rounding"
     )
     groups: list[dict[str, Any]] = setting(
         factory=list, help="first match wins: [{match: '*norm*', optimizer: NAME, KEY: VALUE}]"
@@ -172,6 +183,8 @@ class LoggingConfig:
     run_id: str | None = setting(None, "the loggers' id of the run; null: chosen, in run_id.txt")
     tags: list[str] = setting(factory=list, help="the loggers' tags of the run: [TAG, …]")
     offline: bool = setting(False, "loggers write to OUTPUT_DIR and reach for no server")
+    stats_every: int | None = setting(None, "statistics of every so many steps; to csv, if to nobody", at_least=1)
+    stats_by: Literal["part", "group", "parameter"] = setting("part", "statistics of blocks, optimizer groups, each")
     records_per_second: float = setting(10.0, "at most so many records a second to the loggers", above=0)
 
 

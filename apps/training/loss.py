@@ -16,8 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apps.training.config_schema import TrainingConfig
 from apps.training.data.packing import Rows
 from apps.training.data.token_types import TokenType
+from compiled.objective import TERMS
+
+
+def loss_terms(settings: TrainingConfig) -> dict[str, float]:
+    """What is minimised beside cross entropy, by the names of `compiled.objective`; empty: nothing."""
+    given = {name: getattr(settings, name) for name in TERMS}
+    return {name: value for name, value in given.items() if value}
 
 
 @dataclass(frozen=True)

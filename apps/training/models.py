@@ -11,6 +11,7 @@ from apps.training.config_schema import TrainConfig
 from apps.training.lora import add_updates
 from apps.training.progress import Progress
 from backends.routing import route
+from modelzoo.dropout import seed_dropout
 
 
 def load_weights(config: TrainConfig, model_config: Any, device: torch.device) -> Any:
@@ -25,4 +26,5 @@ def load_weights(config: TrainConfig, model_config: Any, device: torch.device) -
             )
     route(model, config.backend.rules, config.backend.default)
     add_updates(config.lora, model, config.training.seed)
+    seed_dropout(model, config.training.seed)
     return model

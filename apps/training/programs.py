@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from apps.training.config_schema import TrainConfig
 from apps.training.eager_program import EagerProgram
+from apps.training.loss import loss_terms
 from apps.training.memory import (
     MemoryEstimate,
     compiled_estimate,
@@ -16,6 +17,7 @@ from apps.training.memory import (
     estimate,
     of_one_worker,
     with_snapshot,
+    with_statistics,
 )
 from apps.training.parameter_groups import state_elements
 from apps.training.step_plan import StepPlan, compile_command
@@ -60,12 +62,26 @@ def make_program(
     config: TrainConfig, plan: StepPlan, artifact: Artifact | None, model: Any, workers: Workers
 ) -> Program:
     """The program that trains `model` in place, one of `workers` alike."""
-    precision, reducer = plan.precision, _reducer(config, workers)
+    precision, reducer, terms = plan.precision, _reducer(config, workers), loss_terms(config.training)
     if artifact is None:
-        return EagerProgram(model, groups=plan.groups, precision=precision, reducer=reducer)
+        return EagerProgram(
+            model,
+            groups=plan.groups,
+            precision=precision,
+            reducer=reducer,
+            loss_terms=terms,
+            skips_nonfinite=plan.spec.skips_nonfinite,
+            stats_every=config.logging.stats_every,
+        )
     master = None if precision.master == "none" else as_torch(precision.master)
     return _program_class(config.run.cuda_graph, artifact)(
-        artifact, model, moments_dtype=as_torch(precision.moments), master_dtype=master, reducer=reducer
+        artifact,
+        model,
+        moments_dtype=as_torch(precision.moments),
+        master_dtype=master,
+        reducer=reducer,
+        loss_terms=terms,
+        stats_every=config.logging.stats_every,
     )
 
 
@@ -140,6 +156,9 @@ def run_memory(
             num_trained=plan.num_trained,
         )
     mine = of_one_worker(whole, plan.num_trained, world_size, shards=training.shard_optimizer)
+    if config.logging.stats_every is not None:
+        share = world_size if training.shard_optimizer else 1
+        mine = with_statistics(mine, precision, plan.num_trained // share)
     if config.checkpoint.save and plan.spec.device["kind"] == "cpu":  # a GPU's goes to the host, which has more
         saved = plan.num_trained * BITS[precision.parameters] // 8 if plan.lora is not None else None
         return with_snapshot(mine, world_size, shards=training.shard_optimizer, saved_weights=saved)

@@ -21,6 +21,8 @@ class Recipe:
     rate: Callable[[int, float], float]  # (step, peak) → rate
     peak: float
     max_grad_norm: float | None
+    max_grad_value: float | None = None
+    max_nonfinite_steps: int = 0  # in a row, then the run ends; 0: no update can be skipped
     rounding_seed: int | None = None  # of stochastic rounding, where there is any
 
 
@@ -34,4 +36,6 @@ def make_recipe(config: TrainConfig, groups: Sequence[ParameterGroup], total_ste
         peak=config.optimizer.settings.lr,
         max_grad_norm=config.training.max_grad_norm,
         rounding_seed=config.training.seed if config.precision.rounding == "stochastic" else None,
+        max_grad_value=config.training.max_grad_value,
+        max_nonfinite_steps=config.training.max_nonfinite_steps,
     )

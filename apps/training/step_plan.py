@@ -20,10 +20,12 @@ from apps.training import optimizers
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import written
 from apps.training.lora import add_updates, spec_fields
+from apps.training.loss import loss_terms
 from apps.training.optimizers import Optimizer
-from apps.training.parameter_groups import ParameterGroup, parameter_groups, rules_of
+from apps.training.parameter_groups import ParameterGroup, groups_table, parameter_groups, rules_of
 from backends import layers, lora, state, stochastic_rounding
 from backends.errors import UserError
+from backends.kernels import dither
 from backends.lora import Lora
 from backends.precision import PrecisionPolicy
 from backends.routing import Plan, route
@@ -77,6 +79,11 @@ class StepPlan:
         return rules_of(self.groups)
 
     @property
+    def tables(self) -> str:
+        """What computes which layer, and what updates which parameter, for a report."""
+        return f"{self.routing.table()}\n\nParameter groups:\n{groups_table(self.groups)}"
+
+    @property
     def num_trained(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
@@ -118,6 +125,8 @@ def plan_step(config: TrainConfig) -> StepPlan:
         versions=describe_versions(kind) | {"source": _source_fingerprint()},
         deterministic=kind == "cpu" or config.training.deterministic,
         lora=spec_fields(updates),
+        skips_nonfinite=config.training.max_nonfinite_steps > 0,
+        loss_terms=list(loss_terms(config.training)),
     )
     return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec)
 
@@ -152,6 +161,9 @@ def read_model_config(config: TrainConfig) -> tuple[str, Any]:
         residual_dtype=settings.residual_dtype,
         logits_dtype=settings.logits_dtype,
         article_attention=settings.article_attention,
+        drop_attention=settings.attention_dropout,
+        drop_residual=settings.residual_dropout,
+        drop_embedding=settings.embedding_dropout,
         max_seq_length=settings.max_seq_length,
     )
     return Path(str(config_name or names.model_name_or_path)).resolve().name, model_config
@@ -186,6 +198,9 @@ def compile_command(config: TrainConfig) -> str:
             if value != getattr(default, key) and key not in _NOT_COMPILED:
                 arguments.append(f"{section}.{key}={written(value)}")
     arguments += ["training.deterministic=true"] if config.training.deterministic else []
+    skipping = config.training.max_nonfinite_steps
+    arguments += [f"training.max_nonfinite_steps={skipping}"] if skipping else []
+    arguments += [f"training.{name}={value}" for name, value in loss_terms(config.training).items()]
     optimizer, standard = config.optimizer, type(config.optimizer)()
     arguments += [f"optimizer={optimizer.name}"] if optimizer.name != standard.name else []
     for key in ("moments_dtype", "master_weights", "groups"):
@@ -207,7 +222,7 @@ def _graph_fields(model_config: Any) -> dict[str, Any]:
     fields = {key: value for key, value in model_config.to_dict().items() if key not in _NOT_IN_GRAPH}
     for key in ("compute_dtype", "norm_dtype", "residual_dtype", "logits_dtype", "article_attention", "max_seq_length"):
         fields.pop(key, None)  # these stand, resolved, in fields of the spec of their own
-    return fields
+    return {key: value for key, value in fields.items() if value or not key.startswith("drop_")}
 
 
 def _routing_fields(routing: Plan) -> dict[str, Any]:
@@ -253,5 +268,5 @@ def _source_fingerprint() -> str:
     """
     folders = [Path(module.__path__[0]) for module in (modelzoo, compiled)]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    files += [Path(str(module.__file__)) for module in (layers, lora, state, stochastic_rounding)]
+    files += [Path(str(module.__file__)) for module in (layers, lora, state, stochastic_rounding, dither)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]

@@ -20,7 +20,7 @@ GRID = 2.0**-24
 
 
 class Key(NamedTuple):
-    """Two int32 words, 0-d, that name a sequence."""
+    """Two int32 words, 0-d (or of a shape that broadcasts with the indices), that name a sequence."""
 
     first: Tensor
     second: Tensor
@@ -30,6 +30,12 @@ def key_of(seed: int, stream: int, step: Tensor) -> Key:
     """The key of a sequence: `step` int64 0-d, all 64 bits of it; `stream` tells apart the uses within one step."""
     first = _mix(_to_int32(step) ^ signed(python_hash(seed, 2 * stream)), _to_int32(step >> 32))
     return Key(first, _mix(first ^ signed(python_hash(seed, 2 * stream + 1)), 0))
+
+
+def keyed(key: Key, number: Tensor) -> Key:
+    """A key for each `number` (int64, any shape, all 64 bits), unrelated to `key` and to those of other numbers."""
+    first = _mix(_to_int32(number) ^ key.first, _to_int32(number >> 32) ^ key.second)
+    return Key(first, _mix(first ^ key.second, 0))
 
 
 def indices(shape: tuple[int, ...], first_row: Tensor, elements_per_row: int) -> Tensor:

@@ -53,6 +53,9 @@ class Operands(NamedTuple):
     right_range: Range
 
 
+NARROW_LEVELS = 256
+FITS_FLOAT16 = 2**15  # terms, each at most 1: float16 ends at 65504
+
 # Uses of random numbers within a product.
 DITHER, RADIUS, ANGLE, LEFT, RIGHT, OUT, USES = range(7)
 
@@ -62,17 +65,21 @@ def convert(x: Tensor, bounds: Range, converters: Converters, *, second: bool) -
     return quantise(x, bounds, converters.input_levels, converters.lut_min if second else None)
 
 
-def multiply(operands: Operands, half: bool) -> Tensor:
-    """left · right. `half`: from float16 values relative to the range's end, summed in float32 (CUDA).
+def multiply(operands: Operands, half: bool, levels: int) -> Tensor:
+    """left · right. `half`: from float16 values relative to the range's end, summed in float32.
 
-    float16 has 11 significant bits, so an operand is then off by at most 2⁻¹² of its range's end.
+    float16 has 11 significant bits, so an operand is then off by at most 2⁻¹² of its range's end. Up to `NARROW_LEVELS`
+    of the output's converter its sums come out as float16 too, off by at most 2⁻¹² of themselves, a sixteenth of half a
+    level at 256: they are written and read at half the bytes.
     """
     left, right, left_range, right_range = operands
     if not half:
         return left @ right
     left_size, right_size = left_range.size(), right_range.size()
     left, right = (left / left_size).to(torch.float16), (right / right_size).to(torch.float16)
-    if left.dim() == 2:
+    if levels <= NARROW_LEVELS and left.shape[-1] <= FITS_FLOAT16:
+        product = (left @ right).to(torch.float32)
+    elif left.dim() == 2:
         product = torch.mm(left, right, out_dtype=torch.float32)
     else:
         flat = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
@@ -92,10 +99,11 @@ def detect(
     observe: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Y in `shape`, whose dim 0 are the batch's rows, and with `observe` the range of Y0 where `attended`."""
-    product = multiply(operands, half).view(shape)
+    product = multiply(operands, half, converters.output_levels).view(shape)
     index = indices(shape, place.first_row, math.prod(shape[1:]))
     if converters.photons_per_mac is not None:
-        light = multiply(operands._replace(left=operands.left.abs(), right=operands.right.abs()), half).view(shape)
+        magnitudes = operands._replace(left=operands.left.abs(), right=operands.right.abs())
+        light = multiply(magnitudes, half, converters.output_levels).view(shape)
         photons = converters.photons_per_mac * operands.left.shape[-1]
         radius, angle = _key(converters, place, RADIUS), _key(converters, place, ANGLE)
         product = product + light * photons**-0.5 * normal(index, radius, angle, product.dtype)

@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 
 from backends.errors import UserError, unknown
 from modelzoo.families import Family
-from modelzoo.llama_config import ZooLlamaConfig
+from modelzoo.llama_config import DROPOUTS, ZooLlamaConfig
 from modelzoo.rotary import ROPE_TYPES
 
 _SIZES = (
@@ -41,8 +41,8 @@ def check(config: LlamaConfig) -> None:
         raise UserError(f"head_dim is {config.head_dim}. Expected an even number: positions turn pairs of channels.")
     if config.attention_dropout:
         raise UserError(
-            f"attention_dropout is {config.attention_dropout}. Backends compute attention without dropout: "
-            "set it to 0 in config.json."
+            f"attention_dropout is {config.attention_dropout} in config.json. Dropout belongs to the training: "
+            "set it to 0 there, and use model.attention_dropout."
         )
     if getattr(config, "quantization_config", None):
         raise UserError("The checkpoint is quantized (quantization_config). Expected plain weights: dequantize it.")
@@ -64,6 +64,7 @@ FAMILY = Family(
         "residual_dtype",
         "logits_dtype",
         "article_attention",
+        *DROPOUTS,
         "max_seq_length",
     ),
     check=check,

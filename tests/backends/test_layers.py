@@ -193,3 +193,28 @@ def test_the_state_of_attention_lies_where_its_projections_do():
     attention.q_proj = BackendLinear(32, 32, device="meta")
     attention.set_backend(ScaledBackend())
     assert attention.scores_max_abs.is_meta
+
+
+# ---- dropped attention weights -----------------------------------------------------------------------------------
+
+
+def test_weights_are_changed_behind_the_softmax_and_in_training_only():
+    torch.manual_seed(0)
+    layer = BackendAttention(4, 8)
+    q, k, v = torch.randn(2, 4, 6, 8).double(), torch.randn(2, 2, 6, 8).double(), torch.randn(2, 2, 6, 8).double()
+    factors = (torch.rand(2, 4, 6, 6) < 0.7).double() / 0.7
+    drop = factors.__mul__
+    scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    weights = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+    values = v.repeat_interleave(2, 1)
+    torch.testing.assert_close(layer.attend(q, k, v, mask=None, scale=0.3, drop=drop), (weights * factors) @ values)
+    torch.testing.assert_close(layer.eval().attend(q, k, v, mask=None, scale=0.3, drop=drop), weights @ values)
+
+
+def test_a_backend_without_weights_to_drop_is_refused_in_training():
+    layer = BackendAttention(2, 4)
+    layer.set_backend(backends.load("optical"))
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(UserError, match=r"computes attention in one piece.*model\.attention_dropout=0"):
+        layer.attend(q, q, q, mask=None, scale=0.5, drop=lambda weights: weights)

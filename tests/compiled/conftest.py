@@ -39,14 +39,21 @@ class Compiled:
             add_random_updates(model, self.plan.lora)
         return model.train()
 
-    def program(self, model: Any) -> CompiledProgram:
+    def program(self, model: Any, **options: Any) -> CompiledProgram:
         master = self.plan.precision.master
         return CompiledProgram(
             self.artifact,
             model,
             moments_dtype=as_torch(self.plan.precision.moments),
             master_dtype=None if master == "none" else as_torch(master),
+            loss_terms=self.loss_terms,
+            **options,
         )
+
+    @property
+    def loss_terms(self) -> dict[str, float]:
+        """Numbers for the terms that the step was compiled with."""
+        return {name: {"label_smoothing": 0.1, "z_loss": 0.02}[name] for name in self.plan.spec.loss_terms}
 
     def batch(self, seed: int, counted: float = 1.0, of: int | None = None) -> dict[str, Tensor]:
         """A random batch; a share `counted` of its positions enters the loss, each with weight 1 / `of`."""

@@ -1,12 +1,39 @@
 """Captured graphs run by the interpreter on real tensors: what was traced, without any compiler."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from apps.training.step_plan import StepPlan
+from compiled import lowering
 from compiled.capture import Captured
-from compiled.regions import TensorSpec
+from compiled.groups import describe_optimizers
+from compiled.regions import Region, TensorSpec
+from compiled.schedule import capture_step
+
+
+class InterpretedArtifact:
+    """What a `CompiledProgram` wants of an artifact: a whole step in a second, where the machine code is not the point.
+
+    `captured`: the regions by name.
+    """
+
+    device_type = "cpu"
+
+    def __init__(self, plan: StepPlan) -> None:
+        with lowering.determinism(plan.spec.deterministic):
+            self.captured, schedule = capture_step(plan.model, plan.spec, plan.optimizers, plan.precision)
+        optimizer = describe_optimizers(plan.optimizers, schedule.updates)
+        self.spec: dict[str, Any] = plan.spec.to_json()
+        self.manifest: dict[str, Any] = {"schedule": schedule.to_json(), "optimizer": optimizer}
+
+    def load_regions(self) -> dict[str, Region]:
+        return {
+            name: Region(captured.spec, lambda tensors, graph=captured.graph: graph(*tensors))
+            for name, captured in self.captured.items()
+        }
 
 
 def run(captured: Captured, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,18 +1,16 @@
 """The head with its loss as captured, against cross entropy and autograd. The update has a file of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from apps.training.step_plan import StepPlan
 from compiled import lowering
 from compiled.capture import Captured, Sources
-from compiled.capture_parts import accumulation_dtype, capture_head, head_stage, loss_sum
+from compiled.capture_parts import accumulation_dtype, capture_head, head_stage
 from tests.compiled.interpreted import assert_close, random_inputs, run
 
 PlanOf = Callable[..., StepPlan]
@@ -27,27 +25,6 @@ def reference_loss(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor
     return (F.cross_entropy(logits.to(grad_scale.dtype), labels, reduction="none") * grad_scale).sum()
 
 
-@given(st.integers(1, 20), st.integers(2, 40), st.integers(0, 10**6), st.sampled_from([1.0, 30.0, 300.0]))
-def test_the_loss_and_its_gradient_are_those_of_cross_entropy(rows: int, vocab: int, seed: int, size: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = (size * torch.randn(rows, vocab, generator=generator, dtype=torch.float64)).requires_grad_()
-    labels = torch.randint(0, vocab, (rows,), generator=generator)
-    scale = torch.rand(rows, generator=generator, dtype=torch.float64) * (torch.rand(rows, generator=generator) < 0.7)
-    ours, theirs = loss_sum(logits, labels, scale), reference_loss(logits, labels, scale)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12, abs=1e-12)
-    (mine,), (other,) = torch.autograd.grad(ours, [logits]), torch.autograd.grad(theirs, [logits])
-    assert (mine - other).abs().max() <= 1e-12
-
-
-def test_a_token_with_weight_zero_adds_exactly_nothing() -> None:
-    logits, labels = torch.randn(4, 9), torch.zeros(4, dtype=torch.int64)
-    assert loss_sum(logits * 1e4, labels, torch.zeros(4)).item() == 0.0
-    one = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    expected = F.cross_entropy(logits[1:2], labels[1:2]).item()
-    assert loss_sum(logits, labels, one).item() == pytest.approx(expected, rel=1e-6)
-    assert loss_sum(logits.bfloat16(), labels, one).dtype == torch.float32
-
-
 @pytest.mark.parametrize(("logits_dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 3e-2)])
 def test_logits_are_cast_to_their_dtype_before_the_loss(plan_of: PlanOf, logits_dtype: str, tolerance: float) -> None:
     """In bfloat16 the product itself is rounded; the loss of those logits is exact only where they are cast first."""
@@ -59,10 +36,10 @@ def test_logits_are_cast_to_their_dtype_before_the_loss(plan_of: PlanOf, logits_
         assert run(captured, tensors)["loss"].item() == pytest.approx(expected, rel=tolerance)
 
 
-def head_of(plan: StepPlan, chunks: int) -> tuple[Captured, Captured]:
-    stage = head_stage(plan.model)
+def head_of(plan: StepPlan, chunks: int, terms: Sequence[str] = ()) -> tuple[Captured, Captured]:
+    stage, width = head_stage(plan.model), plan.model_config.hidden_size
     with lowering.quiet_torch():
-        train, evaluate = capture_head(stage, sources(), plan.precision, TOKENS, plan.model_config.hidden_size, chunks)
+        train, evaluate = capture_head(stage, sources(), plan.precision, TOKENS, width, chunks, terms)
     return train, evaluate
 
 
@@ -145,3 +122,38 @@ def test_bfloat16_gradients_of_chunks_are_summed_in_float32(plan_of: PlanOf) -> 
     assert dtypes["head.weight"] == "bfloat16"
     assert dtypes["sum_head.weight"] == dtypes["grad_scale"] == "float32"
     assert [accumulation_dtype(torch.bfloat16), accumulation_dtype(torch.float64)] == [torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_further_terms_change_the_gradients_and_not_the_loss(plan_of: PlanOf, chunks: int) -> None:
+    """Against torch's label smoothing and a written-out z-loss, through autograd."""
+    plan = plan_of("model.dtype=float64")
+    train, evaluate = head_of(plan, chunks, ["label_smoothing", "z_loss"])
+    tensors = head_tensors(train) | {
+        "label_smoothing": torch.tensor(0.1, dtype=torch.float64),
+        "z_loss": torch.tensor(0.02, dtype=torch.float64),
+    }
+    plain, _ = reference_head(tensors, [])
+
+    leaves = {name: tensors[name].clone().requires_grad_() for name in ("hidden_states", "norm.weight", "head.weight")}
+    normed = F.rms_norm(leaves["hidden_states"], (32,), leaves["norm.weight"], eps=1e-6)
+    logits = normed @ leaves["head.weight"].t()
+    smoothed = F.cross_entropy(
+        logits, tensors["labels"], reduction="none", label_smoothing=float(tensors["label_smoothing"])
+    )
+    objective = ((smoothed + tensors["z_loss"] * logits.exp().sum(-1).log() ** 2) * tensors["grad_scale"]).sum()
+    expected = dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))
+
+    losses, hidden, outputs = [], [], {}
+    for piece in range(chunks):
+        rows = slice(piece * TOKENS // chunks, (piece + 1) * TOKENS // chunks)
+        chunk = tensors | {name: tensors[name][rows] for name in ("hidden_states", "labels", "grad_scale")}
+        outputs = run(train, chunk)
+        losses.append(outputs["loss"])
+        hidden.append(outputs["grad_hidden_states"])
+    assert torch.stack(losses).sum(0).tolist() == pytest.approx([plain, objective.item()], rel=1e-12)
+    found = {name: (outputs[f"grad_{name}"] if chunks == 1 else tensors[f"sum_{name}"]) for name in list(leaves)[1:]}
+    assert_close(found | {"hidden_states": torch.cat(hidden)}, expected)
+    # an evaluation knows none of it
+    assert [spec.name for spec in evaluate.spec.inputs] == [spec.name for spec in head_of(plan, chunks)[1].spec.inputs]
+    assert evaluate.identity == head_of(plan, chunks)[1].identity

@@ -22,7 +22,7 @@ def twins(compiled: Compiled) -> tuple[Any, Any, Any, EagerProgram]:
         ours,
         compiled.program(ours),
         theirs,
-        EagerProgram(theirs, precision=compiled.plan.precision),
+        EagerProgram(theirs, precision=compiled.plan.precision, loss_terms=compiled.loss_terms),
     )
 
 
@@ -41,6 +41,10 @@ def assert_same_training(compiled: Compiled, steps: int, clip: float | None, mic
         hyper = compiled.hyperparameters(ours, step)
         result, expected = program.train_step(batches, hyper, clip), twin.train_step(batches, hyper, clip)
         assert result.loss.item() == pytest.approx(expected.loss.item(), rel=tolerance)
+        assert (result.objective is None) == (expected.objective is None) == (not compiled.loss_terms)
+        if result.objective is not None:
+            assert result.objective.item() == pytest.approx(expected.objective.item(), rel=tolerance)
+            assert result.objective.item() > result.loss.item()
         if clip is not None:
             assert result.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=tolerance)
     weights = difference(dict(ours.named_parameters()), dict(theirs.named_parameters()))
@@ -74,8 +78,12 @@ def test_bfloat16_parameters_train_through_their_masters(compile_step: Compile) 
             {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
         ),
         (("model.dtype=float64", "compile.head_chunks=4", "compile.recompute=block"), {}),
+        (
+            ("model.dtype=float64", "compile.head_chunks=4", "training.label_smoothing=0.3", "training.z_loss=1e-4"),
+            {},
+        ),
     ],
-    ids=["tied-biased-articles", "chunked-and-recomputed"],
+    ids=["tied-biased-articles", "chunked-and-recomputed", "smoothed-and-z-loss"],
 )
 def test_every_variant_of_the_step_equals_the_eager_twin(
     compile_step: Compile, settings: tuple[str, ...], fields: dict[str, Any]

@@ -39,7 +39,7 @@ def run_identity(config: TrainConfig, plan: StepPlan, dataset: Dataset, rows_per
     rows = json.dumps(dict(dataset.metadata), sort_keys=True, default=str).encode()
     return {
         "model": spec.model | {"max_seq_length": spec.max_seq_length, "article_attention": spec.article_attention},
-        "optimizer": {"name": config.optimizer.name},
+        "optimizer": {"name": config.optimizer.name} | _rules(spec.optimizer),
         "precision": spec.precision,
         "routing": spec.routing,
         "lora": spec.lora,
@@ -47,6 +47,12 @@ def run_identity(config: TrainConfig, plan: StepPlan, dataset: Dataset, rows_per
         "dataset": f"{dataset.num_train_rows} rows, metadata {hashlib.sha256(rows).hexdigest()[:12]}",
         "global_batch_size": rows_per_step,
     }
+
+
+def _rules(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Which rule updates what, where there are several: their state is of different shapes."""
+    rules = {key: fields["parameters"] for key, fields in optimizer.get("rules", {}).items()}
+    return {"rules": rules} if rules else {}
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class Resumed:
     records: list[StepRecord] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """The running sums of the statistics, as they were at the checkpoint."""
+        return {} if self.checkpoint is None else dict(self.checkpoint.state.get("statistics", {}))
 
     def last_step(self, total: int, num_steps: int | None) -> int:
         """The last step to take now: of the whole run's `total`, or `num_steps` from here."""
@@ -118,9 +129,12 @@ class Saver:
 
     @property
     def nbytes(self) -> int:
-        """About what one checkpoint takes on the disk: weights, moments and masters of all workers."""
+        """About what one checkpoint takes on the disk: weights, moments, masters, and what statistics need, of all."""
         precision = self.config.precision
-        bits = BITS[precision.parameters] + (0 if precision.master == "none" else BITS[precision.master])
+        master = 0 if precision.master == "none" else BITS[precision.master]
+        bits = BITS[precision.parameters] + master
+        if self.config.logging.stats_every is not None:
+            bits += 2 * max(BITS[precision.parameters], master, 32)
         bits *= sum(weight.numel() for weight in weights_of(self.model).values())
         moments = state_elements(parameter_groups(self.config.optimizer, self.model))
         return (bits + moments * BITS[precision.moments]) // 8
@@ -132,7 +146,10 @@ class Saver:
         """
         if (self.folder / f"iter_{resumed_step}").exists():
             self._saved_step = resumed_step
-        if self._writer is None or not self.is_first:
+        if self._writer is None:
+            return
+        self._writer.prepare(self.nbytes, next(self.model.parameters()).device)
+        if not self.is_first:
             return
         require_writable(self.folder, "checkpoint.save_path")
         require_room(self.folder, self.nbytes, "checkpoint.save_path")
@@ -201,5 +218,6 @@ class Saver:
 
     def _write(self, step: int, outcome: Outcome) -> None:
         assert self._writer is not None
-        self._writer.write(self.state, outcome.steps, outcome.evaluations)
+        state = self.state | ({"statistics": dict(outcome.sums)} if outcome.sums else {})
+        self._writer.write(state, outcome.steps, outcome.evaluations)
         self._saved_step = step

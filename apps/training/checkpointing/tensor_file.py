@@ -82,6 +82,10 @@ class HostBytes:
         self._stream: torch.cuda.Stream | None = None
         self._pinned: list[Tensor] = []
 
+    def prepare(self, nbytes: int) -> None:
+        """Pin memory for tensors of `nbytes` on a GPU now: in the middle of training it would hold up a step."""
+        self._open(min(PIECE, nbytes))
+
     def __call__(self, tensor: Tensor) -> Iterator[memoryview]:
         """Yield the tensor's bytes; a piece is valid until the next one is asked for."""
         flat = _flat_bytes(tensor)

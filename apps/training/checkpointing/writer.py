@@ -53,6 +53,11 @@ class CheckpointWriter:
         self._error: Exception | None = None
         self._failed_step = 0
 
+    def prepare(self, nbytes: int, device: torch.device) -> None:
+        """Make ready for checkpoints of about `nbytes`, before the first step: what takes the host a while."""
+        if device.type == "cuda":
+            self._host.prepare(nbytes)
+
     def snapshot(self, step: int, model: nn.Module, program: HasOptimizerState) -> None:
         """Copy what this worker saves of `step`: call it when the step's update is queued, before the next step.
 

@@ -30,6 +30,8 @@ COLUMNS = (
     "Counted Tokens",
     "Gradient Norm",
     "Tokens per Second",
+    "Objective",
+    "Skipped",
 )
 
 
@@ -115,4 +117,6 @@ def _row(record: StepRecord) -> tuple[object, ...]:
         record.num_counted,
         "" if record.grad_norm is None else record.grad_norm,
         round(record.tokens_per_second, 1),
+        "" if record.objective is None else record.objective,
+        record.skipped,
     )

@@ -12,12 +12,14 @@ class StepRecord:
 
     step: int  # from 1, through all epochs
     epoch: int
-    loss: float  # mean over the counted positions
+    loss: float  # cross entropy, mean over the counted positions
     lr: float
     num_tokens: int  # all but padding: prompts, completions and separators
     num_counted: int  # positions trained on
     seconds: float
     grad_norm: float | None  # before clipping; None when gradients are not clipped
+    objective: float | None = None  # what was minimised, with label smoothing and z-loss; None when it was the loss
+    skipped: int = 0  # 1: loss or gradients were not finite, and nothing was updated
 
     @property
     def tokens_per_second(self) -> float:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from compiled.reduction import Gradients
+
+if TYPE_CHECKING:
+    from apps.training.workers.peer_copies import Exchange, PeerCopies
 
 
 class TouchedRows:
@@ -99,6 +102,40 @@ class Bucket:
                 rows, whole = self.narrowed[group]
                 summed = {name: whole[name].to(sums.dtype).index_copy_(0, rows, sums) for name, sums in summed.items()}
             yield group, summed
+
+
+@dataclass
+class CopiedBucket(Bucket):
+    """Gradients that are copied from worker to worker, and added up by each."""
+
+    copies: PeerCopies | None = None
+    exchange: Exchange | None = None
+    shapes: list[tuple[int, dict[str, torch.Size]]] = field(default_factory=list)
+
+    def send(self, group: dist.ProcessGroup, as_they_are: int) -> None:
+        """Copy all gradients to where the others find them; the tensors themselves are no longer needed."""
+        assert self.copies is not None
+        tensors = [gradient for _, gradients in self.groups for gradient in gradients.values()]
+        self.shapes = [(number, {name: each.shape for name, each in some.items()}) for number, some in self.groups]
+        if tensors:
+            dtype = max((self.dtype or tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
+            self.exchange = self.copies.open(sum(map(torch.numel, tensors)), dtype, self.owner)
+            torch._foreach_copy_(views(self.exchange.mine, tensors), tensors)
+            self.copies.start(self.exchange)
+        for _, gradients in self.groups:
+            gradients.clear()
+
+    def receive(self) -> Iterator[tuple[int, Gradients]]:
+        """Each group with its sums, in at least float32; without any where another worker owns them."""
+        summed = None if self.exchange is None else self.exchange.sum()
+        end = 0
+        for group, shapes in self.shapes:
+            gradients: Gradients = {}
+            for name, shape in shapes.items():
+                begin, end = end, end + shape.numel()
+                if summed is not None:
+                    gradients[name] = summed[begin:end].view(shape)
+            yield group, gradients
 
 
 def _memory_of(tensor: Tensor) -> int:

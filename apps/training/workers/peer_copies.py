@@ -10,19 +10,17 @@ neighbour's gradients are there and when they were taken, so all of it can be re
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apps.training.workers.bucket import Bucket, at_least_float32, views
-from compiled.reduction import Gradients
+from apps.training.workers.bucket import at_least_float32
 
 MOST_WORKERS = 8  # each fetches from all others: the traffic of a worker grows with their number
-SLOTS = 3  # buckets on their way at once
+SLOTS = 4  # exchanges on their way at once: one offered, one being fetched, two whose sums are not asked for yet
 ALIGNED = 16  # bytes
 IS_THERE, WAS_TAKEN = 0, 1  # channels of a slot's signals
 
@@ -37,7 +35,9 @@ def peers_in_reach(world_size: int, local_world_size: int) -> bool:
 class PeerCopies:
     """Memory that the GPUs of one host read from each other, for sums of flat tensors.
 
-    Every worker opens and starts the same exchanges in the same order. `group`: all workers, over NCCL.
+    Every worker opens and starts the same exchanges in the same order. `group`: all workers, over NCCL. What one worker
+    offers when it starts an exchange, the others fetch when they start the next one, and look whether it was taken at
+    the one after: by then the signals are there, and no waiting kernel takes a place from a matrix product.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, rank: int, world_size: int) -> None:
@@ -46,6 +46,8 @@ class PeerCopies:
         self.stream = torch.cuda.Stream(priority=-1)
         self._slots = [_Slot() for _ in range(SLOTS)]
         self._next = 0
+        self._offered: Exchange | None = None
+        self._fetched: Exchange | None = None
 
     def open(self, numel: int, dtype: torch.dtype, owner: int | None) -> Exchange:
         """The next exchange of `numel` values; `owner`: who gets the sum, None: everybody."""
@@ -57,15 +59,36 @@ class PeerCopies:
         slot.exchange = Exchange(self, slot, numel, padded, dtype, owner)
         return slot.exchange
 
-    def rewind(self) -> None:
-        """Each step uses the slots from the first on, so that a recorded one does what the one before it did."""
+    def start(self, exchange: Exchange) -> None:
+        """Offer what was filled in, behind all that the device was given so far; and fetch the one before."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            exchange.offer()
+        self.advance(exchange)
+
+    def advance(self, offered: Exchange | None = None) -> None:
+        """Fetch what was offered last, and see that what was fetched before it has been taken by all."""
+        with torch.cuda.stream(self.stream):
+            if self._fetched is not None:
+                self._fetched.release()
+            if self._offered is not None:
+                self._offered.fetch()
+        self._fetched, self._offered = self._offered, offered
+
+    def finish(self) -> None:
+        """End a step: nothing is on its way any more, and the next one uses the slots from the first on.
+
+        So a recorded step does what the one before it did.
+        """
+        self.advance()
+        self.advance()
         for slot in self._slots:
             slot.clear()
         self._next = 0
 
 
 class Exchange:
-    """One sum: fill `mine`, `start()`, and `sum()` when it is needed. `mine` lies in memory that the others read."""
+    """One sum: fill `mine`, have it started, and `sum()` when it is needed. The others read `mine` from their side."""
 
     def __init__(
         self, copies: PeerCopies, slot: _Slot, numel: int, padded: int, dtype: torch.dtype, owner: int | None
@@ -73,40 +96,55 @@ class Exchange:
         assert slot.memory is not None
         self.copies, self.slot, self.owner = copies, slot, owner
         self.numel, self.padded, self.dtype = numel, padded, dtype
+        self.is_mine = owner in (None, copies.rank)
+        self.takers = copies.peers if owner is None else [owner] if owner != copies.rank else []
         nbytes = padded * dtype.itemsize * copies.world_size
         self.rows = slot.memory[:nbytes].view(dtype).view(copies.world_size, padded)
         self.mine = self.rows[copies.rank, :numel]
-        self._done: torch.cuda.Event | None = None
+        self._fetched: torch.cuda.Event | None = None
+        self._released: torch.cuda.Event | None = None
         self._sum: Tensor | None = None
 
-    def start(self) -> None:
-        """Fetch the others' values behind all that was queued so far, beside what comes next."""
-        rank, peers, handle = self.copies.rank, self.copies.peers, self.slot.handle
-        givers = peers if self.owner in (None, rank) else []
-        takers = peers if self.owner is None else [self.owner] if self.owner != rank else []
-        stream = self.copies.stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for peer in takers:
-                handle.put_signal(peer, IS_THERE)
-            for peer in givers:
-                theirs = handle.get_buffer(peer, [self.numel], self.dtype, peer * self.padded)
-                handle.wait_signal(peer, IS_THERE)
-                self.rows[peer, : self.numel].copy_(theirs, non_blocking=True)
-                handle.put_signal(peer, WAS_TAKEN)
-            for peer in takers:
-                handle.wait_signal(peer, WAS_TAKEN)
-            self._done = torch.cuda.Event()
-            self._done.record()
+    def offer(self) -> None:
+        for peer in self.takers:
+            self.slot.handle.put_signal(peer, IS_THERE)
+
+    def fetch(self) -> None:
+        handle = self.slot.handle
+        for peer in self.copies.peers if self.is_mine else []:
+            theirs = handle.get_buffer(peer, [self.numel], self.dtype, peer * self.padded)
+            handle.wait_signal(peer, IS_THERE)
+            self.rows[peer, : self.numel].copy_(theirs, non_blocking=True)
+            handle.put_signal(peer, WAS_TAKEN)
+        self._fetched = _recorded()
+
+    def release(self) -> None:
+        for peer in self.takers:
+            self.slot.handle.wait_signal(peer, WAS_TAKEN)
+        self._released = _recorded()
 
     def sum(self) -> Tensor | None:
         """The sum [numel] in at least float32, in the workers' order; None where another worker owns it."""
-        if self._done is not None:
-            self._done.wait()
-            self._done = None
-            if self.owner in (None, self.copies.rank):
-                self._sum = self.rows.sum(0, dtype=at_least_float32(self.rows))[: self.numel]
+        if self.is_mine and self._sum is None:
+            if self._fetched is None:
+                self.copies.advance()
+            assert self._fetched is not None
+            self._fetched.wait()
+            self._sum = self.rows.sum(0, dtype=at_least_float32(self.rows))[: self.numel]
         return self._sum
+
+    def close(self) -> None:
+        """Nobody needs the memory any more: it is added up here, and was taken by the others."""
+        while self._released is None:
+            self.copies.advance()
+        self.sum()
+        self._released.wait()
+
+
+def _recorded() -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 @dataclass
@@ -118,9 +156,8 @@ class _Slot:
     exchange: Exchange | None = None
 
     def clear(self) -> None:
-        """Make sure that nobody needs the slot's values any more: add up what was fetched and not asked for yet."""
         if self.exchange is not None:
-            self.exchange.sum()
+            self.exchange.close()
             self.exchange = None
 
     def reserve(self, nbytes: int, group: dist.ProcessGroup) -> None:
@@ -134,37 +171,3 @@ class _Slot:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
         self.memory = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=torch.device("cuda", 0))
         self.handle = symmetric_memory.rendezvous(self.memory, group)
-
-
-@dataclass
-class CopiedBucket(Bucket):
-    """Gradients that are copied from worker to worker, and added up by each."""
-
-    copies: PeerCopies | None = None
-    exchange: Exchange | None = None
-    shapes: list[tuple[int, dict[str, torch.Size]]] = field(default_factory=list)
-
-    def send(self, group: dist.ProcessGroup, as_they_are: int) -> None:
-        """Copy all gradients to where the others find them; the tensors themselves are no longer needed."""
-        assert self.copies is not None
-        tensors = [gradient for _, gradients in self.groups for gradient in gradients.values()]
-        self.shapes = [(number, {name: each.shape for name, each in some.items()}) for number, some in self.groups]
-        if tensors:
-            dtype = max((self.dtype or tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
-            self.exchange = self.copies.open(sum(map(torch.numel, tensors)), dtype, self.owner)
-            torch._foreach_copy_(views(self.exchange.mine, tensors), tensors)
-            self.exchange.start()
-        for _, gradients in self.groups:
-            gradients.clear()
-
-    def receive(self) -> Iterator[tuple[int, Gradients]]:
-        """Each group with its sums, in at least float32; without any where another worker owns them."""
-        summed = None if self.exchange is None else self.exchange.sum()
-        end = 0
-        for group, shapes in self.shapes:
-            gradients: Gradients = {}
-            for name, shape in shapes.items():
-                begin, end = end, end + shape.numel()
-                if summed is not None:
-                    gradients[name] = summed[begin:end].view(shape)
-            yield group, gradients

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from apps.training.workers.bucket import Bucket, TouchedRows, views
-from apps.training.workers.peer_copies import CopiedBucket, PeerCopies
+from apps.training.workers.bucket import Bucket, CopiedBucket, TouchedRows, views
+from apps.training.workers.peer_copies import PeerCopies
 from compiled.reduction import Gradients
 
 SHARE = 8  # a bucket is sent with an eighth of all bytes at the latest, so that a small model has something to overlap
@@ -80,8 +80,6 @@ class GradientReducer:
         owner = self.owners[group] if self.shards else None
         if self._filling is not None and self._filling.owner != owner:
             self._send()
-        if self.copies is not None and self._started == 0:
-            self.copies.rewind()
         self._filling = self._filling or self._bucket(owner)
         self._filling.add(group, gradients, self._rows_of(group))
         self._started += 1
@@ -105,6 +103,8 @@ class GradientReducer:
             is_mine = bucket.owner is None or bucket.owner == self.rank
             for group, summed in bucket.receive():
                 yield group, summed if is_mine else {}
+        if everything and self.copies is not None:
+            self.copies.finish()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         self.before_waiting()
@@ -154,8 +154,9 @@ class GradientReducer:
         self._travelling.append(bucket)
 
     def _is_due(self) -> bool:
-        behind = sum(bucket.nbytes for bucket in list(self._travelling)[1:])
-        return len(self._travelling) > 1 and behind >= self._travelling[0].nbytes
+        ahead = 1 if self.copies is None else 2  # copies of a bucket begin when the next one is sent
+        behind = sum(bucket.nbytes for bucket in list(self._travelling)[ahead:])
+        return len(self._travelling) > ahead and behind >= self._travelling[0].nbytes
 
 
 def assign_owners(group_bytes: Sequence[int], world_size: int) -> list[int]:

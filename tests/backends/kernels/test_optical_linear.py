@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.kernels.optical_linear import optical_linear, optical_matmul, runs_in_half
-from backends.kernels.optical_product import Converters
+from backends.kernels.optical_product import FITS_FLOAT16, NARROW_LEVELS, Converters, Operands, multiply
+from backends.kernels.quantise import Range
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-23, torch.float64: 2.0**-52}
 ZERO = torch.zeros((), dtype=torch.int64)
@@ -218,3 +219,31 @@ def test_gradients_are_those_of_the_plain_product_for_whoever_wants_one(needed):
     upstream = torch.randn(2, 3, 5, dtype=torch.float64)
     expected = torch.autograd.grad(torch.nn.functional.linear(*operands), wanted, upstream)
     torch.testing.assert_close(torch.autograd.grad(y, wanted, upstream), expected)
+
+
+@pytest.mark.parametrize("levels", [NARROW_LEVELS, 2])
+@pytest.mark.parametrize("shape", [(64, 300, 48), (3, 2, 16, 40, 24)])
+def test_products_of_16_bit_tensors_are_off_by_a_small_part_of_a_level(shape, levels):
+    """What a GPU does, on a CPU: float16 operands and sums against float64."""
+    *batch, rows, inner, columns = shape
+    generator = torch.Generator().manual_seed(5)
+    left = torch.rand(*batch, rows, inner, generator=generator) * 3 - 1.5
+    right = torch.rand(*batch, inner, columns, generator=generator) * 0.04 - 0.02
+    ends = [Range(*scalars(-end, end)) for end in (1.5, 0.02)]
+    found = multiply(Operands(left, right, *ends), True, levels)
+    assert found.dtype == torch.float32
+    exact = left.double() @ right.double()
+    level = 2 * exact.abs().max() / (NARROW_LEVELS - 1)
+    error = (found - exact).abs() / level
+    assert error.max() < 0.15
+    assert error.mean() < 0.03
+
+
+def test_sums_that_float16_cannot_hold_are_not_stored_as_such(monkeypatch):
+    """All terms 1 and more of them than float16 reaches: they take the way of finer converters, which a CPU lacks."""
+    ends = [Range(*scalars(-1.0, 1.0))] * 2
+    many = torch.ones(1, 2 * FITS_FLOAT16)
+    monkeypatch.setattr(torch, "mm", lambda left, right, out_dtype: left.to(out_dtype) @ right.to(out_dtype))
+    assert multiply(Operands(many, many.t(), *ends), True, 256).item() == 2 * FITS_FLOAT16
+    few = many[:, :FITS_FLOAT16]
+    assert multiply(Operands(few, few.t(), *ends), True, 256).item() == FITS_FLOAT16

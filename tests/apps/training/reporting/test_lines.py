@@ -1,6 +1,7 @@
 """The printed lines, letter by letter: users' scripts look for them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -18,6 +19,7 @@ def test_the_step_line_is_the_reference_apps() -> None:
     expected = "Epoch [1/1], Step [1/2622], Loss: 11.1906, LR: 1e-05, Num tokens this step: 2691"
     assert step_line(RECORD, position) == expected
     assert step_line(RECORD, position, workers=2) == "DP: 2-way, " + expected
+    assert step_line(replace(RECORD, objective=12.0), position) == expected + ", Objective: 12.0000"
 
 
 def test_the_overview_is_the_reference_apps() -> None:

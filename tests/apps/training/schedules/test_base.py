@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apps.training import schedules
-from apps.training.config_schema import OptimizerConfig, ScheduleConfig, TrainingConfig
-from apps.training.optimizers.adamw import AdamW
+from apps.training.config import parse
+from apps.training.config_schema import TrainingConfig
+from apps.training.recipe import make_recipe
 from apps.training.schedules._base import Schedule
 from apps.training.steps import count_steps
-from apps.training.trainer import make_recipe
 
 NAMES = schedules.available()
 NUMBERS = st.fixed_dictionaries(
@@ -81,13 +81,12 @@ def test_the_curve_is_the_same_for_every_peak(name: str, total: int, numbers: di
 
 @pytest.mark.parametrize("name", NAMES)
 def test_epochs_steps_and_a_token_budget_of_one_length_give_one_curve(name: str) -> None:
-    optimizer = OptimizerConfig(settings=AdamW.Config(lr=3e-3))
-    schedule = ScheduleConfig(name=name, settings=schedules.load(name).Config(warmup_steps=3))
+    config = parse(["command=run", f"schedule={name}", "schedule.warmup_steps=3", "optimizer.lr=3e-3"])
 
     def curve(**length: Any) -> list[float]:
         count = count_steps(10, TrainingConfig(**length), tokens_per_step=64, sizes={"N": 1600})
-        recipe = make_recipe(optimizer, schedule, total_steps=count.total, max_grad_norm=None)
-        return [recipe.learning_rate(step) for step in range(1, count.total + 1)]
+        recipe = make_recipe(config, [], count.total)
+        return [recipe.rate(step, recipe.peak) for step in range(1, count.total + 1)]
 
     whole = curve(num_epochs=2)
     assert len(whole) == 20

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 
 from apps.training.config import parse
 from apps.training.programs import _reducer
-from apps.training.workers.peer_copies import MOST_WORKERS, peers_in_reach
+from apps.training.workers.peer_copies import MOST_WORKERS, PeerCopies, peers_in_reach
+from apps.training.workers.reducer import GradientReducer
 from backends.errors import UserError
+from tests.apps.training.workers import fake_gpus
+from tests.apps.training.workers.peer_sums import SHAPES, gradients
 from tests.apps.training.workers.test_reducer import alone  # noqa: F401
 
 
@@ -48,3 +52,44 @@ def test_where_copies_are_impossible_only_asking_for_them_is_an_error(asked: str
     reducer = _reducer(config, workers)
     assert reducer is not None
     assert reducer.copies is None
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_whoever_is_early_or_late_every_worker_gets_the_same_sums(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, shards: bool, clipped: bool
+) -> None:
+    """On threads in place of GPUs; with clipping all sums are asked for at the end, when slots were used again."""
+    fake_gpus.install(monkeypatch, fake_gpus.Host(world_size))
+    sums: dict[tuple[int, int], dict[int, dict[str, torch.Tensor]]] = {}
+
+    def work(rank: int) -> None:
+        copies = PeerCopies(None, rank=rank, world_size=world_size)
+        reducer = GradientReducer(None, rank=rank, world_size=world_size, shards=shards, copies=copies)
+        reducer.assign([sum(torch.Size(shape).numel() for shape in each.values()) for each in SHAPES * 3])
+        reducer.bucket_bytes = 9_000  # of both kinds: one group to a bucket, and several
+        for step in range(4):
+            time.sleep(0.002 * ((rank + step) % world_size))
+            found: dict[int, dict[str, torch.Tensor]] = {}
+            mine = gradients(step, rank, torch.float32) * 3
+            for group in reversed(range(len(mine))):
+                reducer.start(group, dict(mine[group]))
+                if not clipped:
+                    found |= dict(reducer.finished(everything=False))
+            sums[step, rank] = found | dict(reducer.finished(everything=True))
+            for group, some in sums[step, rank].items():
+                names = SHAPES[group % len(SHAPES)] if reducer.owns(group) else {}
+                assert some.keys() == names.keys()
+
+    fake_gpus.run_workers(world_size, work)
+    for step in range(4):
+        parts = [gradients(step, rank, torch.float32) * 3 for rank in range(world_size)]
+        for group, names in enumerate(SHAPES * 3):
+            having = [sums[step, rank][group] for rank in range(world_size) if sums[step, rank][group]]
+            assert len(having) == (0 if not names else 1 if shards else world_size)
+            for name in names:
+                exact = sum(part[group][name].double() for part in parts)
+                for found in having:
+                    torch.testing.assert_close(found[name].double(), exact, rtol=1e-6, atol=1e-6)
+                    assert torch.equal(found[name], having[0][name])

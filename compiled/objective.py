@@ -1,0 +1,47 @@
+"""What a step minimises: cross entropy, or with a smoothed target and a penalty of large normalisers.
+
+label_smoothing ε (arXiv 1512.00567, as torch's cross_entropy): the target is 1 − ε at the label and ε / V everywhere.
+z_loss z (arXiv 2204.02311): z · log² Z is added, Z being the softmax's denominator.
+Their numbers come in as tensors, so that one artifact serves every ε and z.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+TERMS = ("label_smoothing", "z_loss")
+
+
+def loss_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
+    """Σ grad_scale · CE over tokens: logits [T, V], labels [T], grad_scale [T] → 0-d, in the wider of their dtypes."""
+    return (_cross_entropy(logits, labels)[0] * grad_scale).sum()
+
+
+def loss_and_objective(logits: Tensor, labels: Tensor, grad_scale: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+    """[2]: `loss_sum`, which stays comparable, and the same sum of what is minimised, with the `terms` (0-d) added."""
+    entropy, log_z, target = _cross_entropy(logits, labels)
+    objective = entropy
+    if "label_smoothing" in terms:
+        # (1−ε)(log Z − x_label) + ε(log Z − mean x), with what CE is taken out
+        objective = objective + terms["label_smoothing"] * (target - logits.mean(-1))
+    if "z_loss" in terms:
+        objective = objective + terms["z_loss"] * log_z.square()
+    return torch.stack([(entropy * grad_scale).sum(), (objective * grad_scale).sum()])
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """CE of each token, log Z, and the label's logit.
+
+    The label's logit is picked by comparing with an index, not by gather: the backward is then one fused elementwise
+    pass instead of a scatter into zeros.
+    """
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    target = torch.where(vocabulary == labels[:, None], logits, 0).sum(-1)
+    log_z = torch.logsumexp(logits, -1)
+    return log_z - target, log_z, target
+
+
+def hits_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
+    """Σ grad_scale over the tokens whose likeliest next token is the label (the first of equals), 0-d."""
+    return ((logits.argmax(-1) == labels) * grad_scale).sum()
