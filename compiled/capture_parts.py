@@ -144,13 +144,14 @@ def capture_update(
     policy: PrecisionPolicy,
     sources: Sources,
     columns: int,
+    skips: bool = False,
 ) -> Captured:
     """The update of a group of parameters, each by its optimizer, in place, one region.
 
     Inputs: `hyperparameters` [number of parameters, `columns`] (a row each, so that every parameter may have its own
     rate and decay; the first columns are its optimizer's), `grad_coef` 0-d (clipping), then for each parameter p: p,
     `grad_p`, `<state>_p`…, `master_p` if there is one. Arithmetic is done in at least float32; output: a copy of
-    grad_coef (a region must return something).
+    grad_coef (a region must return something). `skips`: a grad_coef that is not finite leaves everything as it is.
     """
     with_master = policy.master != "none"
     work = as_torch(policy.master) if with_master else accumulation_dtype(as_torch(policy.parameters))
@@ -173,6 +174,7 @@ def capture_update(
 
     def update(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, flat, strict=True))
+        applied = torch.isfinite(named["grad_coef"]) if skips else None
         for optimizer, members in _by_optimizer(optimizers, parameters):
             updated = optimizer.update_group(
                 {each: named[f"master_{each}" if with_master else each].to(work) for each in members},
@@ -182,8 +184,14 @@ def capture_update(
             )
             for each in members:
                 new_parameter, new_state = updated[each]
+                if applied is not None:
+                    # from the master where there is one: the parameter, its rounding, need not be read
+                    new_parameter = torch.where(
+                        applied, new_parameter, named[f"master_{each}" if with_master else each]
+                    )
                 for key, value in new_state.items():
-                    named[f"{key}_{each}"].copy_(value)
+                    kept = named[f"{key}_{each}"]
+                    kept.copy_(value if applied is None else torch.where(applied, value, kept))
                 if with_master:
                     named[f"master_{each}"].copy_(new_parameter)
                 named[each].copy_(new_parameter)

@@ -84,6 +84,10 @@ class TrainingConfig:
     evaluate: bool = setting(True, "evaluate on the dev split at the end")
     eval_steps: int | None = setting(None, "evaluate every so many steps too", at_least=1)
     max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; null: do not clip", above=0)
+    max_grad_value: float | None = setting(None, "clip each gradient to ± this, before the norm; null: no", above=0)
+    max_nonfinite_steps: int = setting(
+        0, "skip updates that are not finite; stop at so many in a row; 0: the first such loss ends the run", at_least=0
+    )
     label_smoothing: float = setting(
         0.0, "share of the target spread over all tokens; part of the artifact", at_least=0, below=1
     )

@@ -27,12 +27,14 @@ from compiled.reduction import OneWorker, Reducer
 class StepResult(NamedTuple):
     """0-d tensors on the device: reading them waits for it. `grad_norm` is None when gradients are not clipped.
 
-    `objective`: what was minimised, summed like the loss; None when it is the loss.
+    `objective`: what was minimised, summed like the loss; None when it is the loss. `applied`: whether anything was
+    updated; None for a step that cannot skip its update.
     """
 
     loss: Tensor
     grad_norm: Tensor | None
     objective: Tensor | None = None
+    applied: Tensor | None = None
 
 
 class EagerProgram:
@@ -52,10 +54,11 @@ class EagerProgram:
         reducer: Reducer | None = None,
         stats_every: int | None = None,
         loss_terms: Mapping[str, float] | None = None,
+        skips_nonfinite: bool = False,
     ) -> None:
         """`groups`: the rules of the parameters; None: the default optimizer's. `loss_terms`: of compiled.objective."""
         groups = parameter_groups(OptimizerConfig(), model) if groups is None else groups
-        self.model, self.loss_terms = model, loss_terms or {}
+        self.model, self.loss_terms, self.skips_nonfinite = model, loss_terms or {}, skips_nonfinite
         self.reducer: Reducer = reducer or OneWorker()
         self.reducer.assign([sum(parameter.nbytes for parameter in model.parameters())])
         assert not self.reducer.shards, "the eager twin keeps its optimizer state whole"
@@ -80,7 +83,11 @@ class EagerProgram:
         self.row_of = {name: row for row, (name, _) in enumerate(model.named_parameters())}
 
     def train_step(
-        self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
+        self,
+        microbatches: Sequence[Mapping[str, Tensor]],
+        hyperparameters: Tensor,
+        max_grad_norm: float | None,
+        max_grad_value: float | None = None,
     ) -> StepResult:
         """One optimizer step over `microbatches` (input_ids, labels, grad_scale[, article_ids] on the device).
 
@@ -89,20 +96,33 @@ class EagerProgram:
         self.model.train()
         self.measuring.start()
         loss, gradients, states = self._loss_and_gradients(microbatches)
-        self.measuring.before_update(gradients)
-        grad_norm = None
-        if max_grad_norm is not None:
+        entropy, objective = loss if loss.ndim else (loss, None)
+        grad_norm = applied = None
+        if max_grad_norm is not None or self.skips_nonfinite:
             grad_norm = nn.utils.get_total_norm(gradients.values())
-            scale = torch.clamp(max_grad_norm / (grad_norm + 1e-6), max=1.0)
-            torch._foreach_mul_(list(gradients.values()), scale)
+        if self.skips_nonfinite and grad_norm is not None:
+            applied = torch.isfinite(loss).all() & torch.isfinite(grad_norm)
+        if max_grad_value is not None:
+            gradients = {name: each.clamp(-max_grad_value, max_grad_value) for name, each in gradients.items()}
+        self.measuring.before_update(gradients)
+        if applied is None or applied:
+            self._update(gradients, hyperparameters, max_grad_norm)
+            self._store_state(states)
+        else:
+            for update in self.updates:
+                update.skip()
+        self.measuring.after_update(gradients)
+        self.measuring.finish(self.reducer)
+        return StepResult(entropy, grad_norm, objective, applied)
+
+    def _update(self, gradients: dict[str, Tensor], hyperparameters: Tensor, max_grad_norm: float | None) -> None:
+        if max_grad_norm is not None:
+            norm = nn.utils.get_total_norm(gradients.values())
+            torch._foreach_mul_(list(gradients.values()), torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
         rows = {name: hyperparameters[row] for name, row in self.row_of.items()}
         for update in self.updates:
             update.step(gradients, rows)
         self._store()
-        self.measuring.after_update(gradients)
-        self._store_state(states)
-        self.measuring.finish(self.reducer)
-        return StepResult(loss[0], grad_norm, loss[1]) if loss.ndim else StepResult(loss, grad_norm)
 
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
         """Forward passes of one step that let the backends see their ranges; nothing else changes."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,15 @@ class HostCopy:
         if self.done is not None:
             self.done.synchronize()
         return self.values
+
+
+class HostScalars:
+    """Copies of 0-d tensors by name; those that are None are left out."""
+
+    def __init__(self, scalars: Mapping[str, Tensor | None]) -> None:
+        given = {name: scalar.detach().double() for name, scalar in scalars.items() if scalar is not None}
+        self.names, self.values = tuple(given), HostCopy(torch.stack(list(given.values())))
+
+    def read(self) -> dict[str, float]:
+        """The numbers, once the device has made them."""
+        return dict(zip(self.names, self.values.read().tolist(), strict=True))

@@ -70,6 +70,7 @@ def make_program(
             precision=precision,
             reducer=reducer,
             loss_terms=terms,
+            skips_nonfinite=plan.spec.skips_nonfinite,
             stats_every=config.logging.stats_every,
         )
     master = None if precision.master == "none" else as_torch(precision.master)

@@ -5,8 +5,8 @@
     sum_dot_last_grad/all …      running sums of the four above over the measured steps of the whole run
     loss_change  sum_loss_change  accuracy  seconds/forward  share/forward
 
-g is the gradient before clipping, the update x_{n+1} − x_n; "last" means the step right before this one, measured or
-not. Where there is none (the first step) its products are left out.
+g is the gradient before clipping by norm, the update x_{n+1} − x_n; "last" means the step right before this one,
+measured or not. Where there is none (the first step) its products are left out. A sum leaves out what is not finite.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class RunStatistics:
             values |= {f"{key}/{name}": value for key, value in norms.items()}
             summed |= {f"{key}/{name}": value for key, value in products.items()}
         for key, value in summed.items():
-            self.sums[f"sum_{key}"] = self.sums.get(f"sum_{key}", 0.0) + value
+            self.sums[f"sum_{key}"] = self.sums.get(f"sum_{key}", 0.0) + (value if math.isfinite(value) else 0.0)
         values |= summed | {f"sum_{key}": self.sums[f"sum_{key}"] for key in summed}
         phases = {"data": measured.reading, **measured.phases()}
         phases["other"] = max(record.seconds - sum(phases.values()), 0.0)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from apps.training.data.packing import Rows
+from apps.training.host_copy import HostScalars
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.loss import Batch, make_batch, microbatches
 from apps.training.recipe import Recipe
@@ -28,7 +29,8 @@ from backends.precision import PrecisionPolicy, as_torch, at_least_float32
 
 
 class StepResult(Protocol):
-    """0-d tensors on the device; `grad_norm` is None without clipping, `objective` where it is the loss."""
+    """0-d tensors on the device; `grad_norm` is None without clipping, `objective` where it is the loss, `applied`
+    where an update cannot be skipped."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -36,13 +38,19 @@ class StepResult(Protocol):
     def grad_norm(self) -> Tensor | None: ...
     @property
     def objective(self) -> Tensor | None: ...
+    @property
+    def applied(self) -> Tensor | None: ...
 
 
 class Program(Protocol):
     """A train step over a model it updates in place. `compiled.program` and `eager_program` have one each."""
 
     def train_step(
-        self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
+        self,
+        microbatches: Sequence[Mapping[str, Tensor]],
+        hyperparameters: Tensor,
+        max_grad_norm: float | None,
+        max_grad_value: float | None,
     ) -> StepResult: ...
     def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor: ...
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None: ...
@@ -90,6 +98,7 @@ class Trainer:
     article_attention: bool
     first_step: int
     last_step: int
+    skipped_before: int = 0  # steps in a row, up to `first_step`
     statistics: RunStatistics | None = None
 
     @cached_property
@@ -117,8 +126,10 @@ class Trainer:
         sees the model exactly at that step; when it returns true, the step's record is yielded before the next step is
         queued. So it is after a measured step (the next one's clock readings would replace its own), and after one for
         which `pause_after(step)` is true, where the time until the generator is resumed counts for no step. Ends early,
-        after a whole step and the same one on every worker, when `should_stop()` says so on any. Raises NonFiniteLoss.
+        after a whole step and the same one on every worker, when `should_stop()` says so on any, and after
+        `max_nonfinite_steps` skipped in a row. Raises NonFiniteLoss.
         """
+        in_a_row, most = self.skipped_before, self.recipe.max_nonfinite_steps
         supply = iter(rows)
         waiting: list[_Queued] = []
         begin = time.perf_counter()
@@ -129,10 +140,14 @@ class Trainer:
             waiting.append(queued)
             is_wanted = bool(on_queued(step)) or queued.measured is not None
             settle = self.device.type == "cpu" or step == self.last_step or is_wanted or pause_after(step)
-            while len(waiting) > (0 if settle else 1):
+            # what may be the last straw is waited for
+            while len(waiting) > (0 if settle or 0 < most <= in_a_row + 1 else 1):
                 record = self._record(waiting.pop(0), begin)
                 begin = time.perf_counter()
+                in_a_row = in_a_row + 1 if record.skipped else 0
                 yield record
+                if 0 < most <= in_a_row:
+                    return
             if pause_after(step):
                 begin = time.perf_counter()
         for late in waiting:
@@ -201,10 +216,13 @@ class Trainer:
             ),
             _to_device(table, self.device),
             self.recipe.max_grad_norm,
+            self.recipe.max_grad_value,
         )
-        scalars = {"loss": result.loss, "grad_norm": result.grad_norm, "objective": result.objective}
+        scalars = {name: getattr(result, name) for name in ("loss", "grad_norm", "objective", "applied")}
         measured = None if self.statistics is None else self.statistics.copy(reading)
-        return _Queued(step, self.count.position(step).epoch, lr, num_tokens, num_counted, _HostCopy(scalars), measured)
+        return _Queued(
+            step, self.count.position(step).epoch, lr, num_tokens, num_counted, HostScalars(scalars), measured
+        )
 
     def _record(self, queued: _Queued, begin: float) -> StepRecord:
         record = queued.record(begin)
@@ -235,7 +253,7 @@ class _Queued:
     lr: float
     num_tokens: int
     num_counted: int
-    scalars: _HostCopy
+    scalars: HostScalars
     measured: MeasuredStep | None
 
     def record(self, begin: float) -> StepRecord:
@@ -251,36 +269,11 @@ class _Queued:
             seconds=time.perf_counter() - begin,
             grad_norm=scalars.get("grad_norm"),
             objective=scalars.get("objective"),
+            skipped=int(not scalars.get("applied", True)),
         )
-        if not math.isfinite(record.loss):
+        if not math.isfinite(record.loss) and not record.skipped:
             raise NonFiniteLoss(record)
         return record
-
-
-class _HostCopy:
-    """Scalars on their way from the device: copied right behind the work that makes them, ahead of any later work.
-
-    Those that are None are left out.
-    """
-
-    def __init__(self, scalars: Mapping[str, Tensor | None]) -> None:
-        given = {name: scalar.detach().double() for name, scalar in scalars.items() if scalar is not None}
-        self.names = tuple(given)
-        values = torch.stack(list(given.values()))
-        self.done: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.values.copy_(values, non_blocking=True)
-            self.done = torch.cuda.Event()
-            self.done.record()
-        else:
-            self.values = values
-
-    def read(self) -> dict[str, float]:
-        """The numbers by name, once the device has made them."""
-        if self.done is not None:
-            self.done.synchronize()
-        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
