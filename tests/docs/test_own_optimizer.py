@@ -48,7 +48,7 @@ def test_the_page_from_start_to_end(tmp_path: Path) -> None:
     assert "Going on after step 2" in ended.stdout
     run = tmp_path / "outputs/runs/signum"
     with (run / "per_step_metrics.csv").open() as metrics:
-        assert [row["step"] for row in csv.DictReader(metrics)] == ["1", "2", "3", "4"]
+        assert [row["Step"] for row in csv.DictReader(metrics)] == ["1", "2", "3", "4"]
     files = sorted((run / "checkpoints/iter_4").glob("optimizer-*.safetensors"))
     shares = [{key for key in load_file(file) if key.endswith(".mean")} for file in files]
     assert len(shares) == 2
