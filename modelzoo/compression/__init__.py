@@ -1,0 +1,18 @@
+"""Low-rank compression of any model with nn.Linear layers in blocks: moments, factors, ranks. docs/low-rank.md."""
+
+from modelzoo.compression.allocation import spectrum_ranks, uniform_ranks
+from modelzoo.compression.compressing import LayerReport, compress_model
+from modelzoo.compression.methods import METHODS, Factors, compress, measured_error
+from modelzoo.compression.moments import Moments
+
+__all__ = [
+    "METHODS",
+    "Factors",
+    "LayerReport",
+    "Moments",
+    "compress",
+    "compress_model",
+    "measured_error",
+    "spectrum_ranks",
+    "uniform_ranks",
+]
