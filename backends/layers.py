@@ -96,6 +96,7 @@ class BackendLinear(Stateful, nn.Linear):
             )
         bias = None if self.bias is None else self.bias.detach()
         tensors = backend.initial_parameters(self.weight.detach(), bias) if given is None else given
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # as regions expect parameters
         made = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         assert made == shapes, f"{backend}: parameters of {made}, parameter_spec says {shapes}"
         trained = self.weight.requires_grad
