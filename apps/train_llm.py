@@ -100,12 +100,14 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.interrupt import StopRequest
     from apps.training.memory import available_memory, gibibytes, require_memory
     from apps.training.models import load_weights
+    from apps.training.nonfinite import ended_over_skipped, skipped_in_a_row
     from apps.training.outcome import Outcome, save_outcome
     from apps.training.parameter_groups import groups_table
     from apps.training.programs import make_program, require_artifact, run_memory
     from apps.training.recipe import make_recipe
     from apps.training.reporting.lines import overview, settings_text
     from apps.training.reporting.throughput import training_flops_per_token
+    from apps.training.statistics import make_statistics
     from apps.training.steps import accumulation_steps, count_steps
     from apps.training.trainer import Trainer
 
@@ -119,8 +121,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     require_memory(memory, free, str(device))
     require_room(output, memory.parameters)
     print(f"Model: {plan.model_name}, {plan.parameters_text}; dtypes: {plan.precision.table()}")
-    print(plan.routing.table())
-    print(f"Step: {artifact.path if artifact else 'eager, without an artifact'}")
+    print(f"{plan.routing.table()}\nStep: {artifact.path if artifact else 'eager, without an artifact'}")
     print(f"Device: {describe(device)}; about {memory} needed, {gibibytes(free)} free", flush=True)
 
     # The data: rows in an order that the seed alone decides; this worker's share of each step.
@@ -140,8 +141,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     loader.check()
     count = count_steps(loader.steps_per_epoch, settings, tokens_per_step=rows_per_step * length, sizes=plan.sizes)
     print(f"Dataset: {loader.description()}")
-    print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}")
-    print(groups_table(plan.groups))
+    print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}\n{groups_table(plan.groups)}")
     print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
     if resumed.step >= count.total and (output / "report.html").exists():
         print(f"All {count.total} steps were taken: {checkpoint}. Nothing is left to do.")
@@ -164,6 +164,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         article_attention=config.model.article_attention,
         first_step=resumed.step + 1,
         last_step=resumed.last_step(count.total, config.checkpoint.num_steps),
+        skipped_before=skipped_in_a_row(resumed.records),
+        statistics=make_statistics(config, plan, program, resumed),
     )
 
     # From here on we write. Ctrl-C lets the running step finish and everything be saved.
@@ -179,6 +181,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         peak=None if peak is None else peak * workers.world_size,
         steps=resumed.records,
         evaluations=resumed.evaluations,
+        sums=trainer.statistics.sums if trainer.statistics else {},
     )
     print(outcome.overview, flush=True)
     saver.start(resumed.step)
@@ -192,7 +195,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         if workers.is_first:
             save_outcome(output, outcome, model, dataset, config, sample=not stopped)
         saver.finish()
-        return INTERRUPTED if stopped else 0
+        failed = ended_over_skipped(outcome.steps, settings.max_nonfinite_steps, tell=workers.is_first)
+        return LOSS_NOT_FINITE if failed else INTERRUPTED if stopped else 0
 
 
 def take_steps(
@@ -208,9 +212,8 @@ def take_steps(
     from apps.training.trainer import NonFiniteLoss
 
     count, evaluator = trainer.count, Evaluator(config, trainer, loader, stop.asked)
-    rows_per_step = config.training.batch_size * trainer.accumulation * loader.world_size
     with (
-        RunReports(config, outcome, rows_per_step=rows_per_step) if loader.rank == 0 else nullcontext() as reports,
+        RunReports(config, outcome, trainer) if loader.rank == 0 else nullcontext() as reports,
         Progress(count.total, "Training", "steps", mode=config.logging.progress) as progress,
     ):
         progress.update(len(outcome.steps))

@@ -48,7 +48,7 @@ RECIPES: dict[str, tuple[list[str], list[str]]] = {
     "adafactor": (["1e-2", "3e-2", "3e-3", "1e-1"], []),
     "muon": (["0.01", "0.03", "0.003", "0.1"], []),
     "muon, adamw_lr=3e-3": (["0.01", "0.03", "0.003", "0.1"], ["optimizer.adamw_lr=3e-3"]),
-    "mango": (["0.003", "0.01", "0.001", "0.03"], []),
+    "mango": (["0.01", "0.03", "0.003", "0.1"], []),
 }
 OWN = {
     "out": "outputs/recipes",

@@ -105,9 +105,8 @@ def captured_updates(plan: Any, kind: str) -> tuple[dict[str, Any], list[str]]:
     blocks = [make_stage(model, path) for path in names.blocks]
     embed, head = make_stage(model, names.embed), head_stage(model)
     with lowering.quiet_torch():
-        updates = add_updates(
-            regions, blocks, embed, head, plan.spec.head_chunks, plan.optimizers, plan.precision, sources
-        )
+        chunks, skips = plan.spec.head_chunks, plan.spec.skips_nonfinite
+        updates = add_updates(regions, blocks, embed, head, chunks, plan.optimizers, plan.precision, sources, skips)
     used = [entry["direct"] for entry in updates if entry["direct"]]
     return {name: regions[name] for name in dict.fromkeys(used)}, used
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from backends.precision import PrecisionPolicy, as_torch
 from compiled.capture import Captured, Sources, capture_function
-from compiled.objective import loss_and_objective, loss_sum
+from compiled.objective import hits_sum, loss_and_objective, loss_sum
 from compiled.stages import Stage, StagedModel, canonical_names, stage_of
 
 
@@ -71,7 +71,7 @@ def capture_head(
     chunks: int,
     loss_terms: Sequence[str] = (),
 ) -> list[Captured]:
-    """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss).
+    """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss and accuracy).
 
     Inputs: parameters, state, hidden_states [T/chunks, H], labels [T/chunks], grad_scale [T/chunks], and first_row, the
     chunk's first token within the step, where a backend counts from it. With several
@@ -119,7 +119,8 @@ def capture_head(
         named = dict(zip(inputs, flat, strict=True))
         weights = {key: named[key] for key in tensors}
         logits, _ = stage.call(weights, named["hidden_states"], first_row=named.get("first_row"))
-        return (loss_sum(logits.to(logits_dtype), named["labels"], named["grad_scale"]),)
+        given = (logits.to(logits_dtype), named["labels"], named["grad_scale"])
+        return loss_sum(*given), hits_sum(*given)
 
     terms_given = {name: sources.empty((), inputs["grad_scale"].dtype) for name in loss_terms}
     train_inputs = inputs | ({} if chunks == 1 else sums) | terms_given
@@ -130,7 +131,7 @@ def capture_head(
         "head_train", train, train_inputs, outputs, mutated=[] if chunks == 1 else list(sums)
     )
     stage.module.eval()
-    evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss"])
+    evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss", "accuracy"])
     stage.module.train()
     return [train_region, evaluate_region]
 
@@ -143,13 +144,14 @@ def capture_update(
     policy: PrecisionPolicy,
     sources: Sources,
     columns: int,
+    skips: bool = False,
 ) -> Captured:
     """The update of a group of parameters, each by its optimizer, in place, one region.
 
     Inputs: `hyperparameters` [number of parameters, `columns`] (a row each, so that every parameter may have its own
     rate and decay; the first columns are its optimizer's), `grad_coef` 0-d (clipping), then for each parameter p: p,
     `grad_p`, `<state>_p`…, `master_p` if there is one. Arithmetic is done in at least float32; output: a copy of
-    grad_coef (a region must return something).
+    grad_coef (a region must return something). `skips`: a grad_coef that is not finite leaves everything as it is.
     """
     with_master = policy.master != "none"
     work = as_torch(policy.master) if with_master else accumulation_dtype(as_torch(policy.parameters))
@@ -172,6 +174,7 @@ def capture_update(
 
     def update(*flat: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(inputs, flat, strict=True))
+        applied = torch.isfinite(named["grad_coef"]) if skips else None
         for optimizer, members in _by_optimizer(optimizers, parameters):
             updated = optimizer.update_group(
                 {each: named[f"master_{each}" if with_master else each].to(work) for each in members},
@@ -181,8 +184,14 @@ def capture_update(
             )
             for each in members:
                 new_parameter, new_state = updated[each]
+                if applied is not None:
+                    # from the master where there is one: the parameter, its rounding, need not be read
+                    new_parameter = torch.where(
+                        applied, new_parameter, named[f"master_{each}" if with_master else each]
+                    )
                 for key, value in new_state.items():
-                    named[f"{key}_{each}"].copy_(value)
+                    kept = named[f"{key}_{each}"]
+                    kept.copy_(value if applied is None else torch.where(applied, value, kept))
                 if with_master:
                     named[f"master_{each}"].copy_(new_parameter)
                 named[each].copy_(new_parameter)

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled.program import CompiledProgram, StepResult
+from compiled.measuring import Mode
+from compiled.phases import Mark
+from compiled.program import CompiledProgram
+from compiled.step_result import StepResult
 
 
 @dataclass
@@ -23,6 +26,7 @@ class _Recorded:
     hyperparameters: Tensor
     max_grad_norm: Tensor | None
     result: StepResult
+    marks: list[Mark]  # the events that tell where its time goes
 
 
 class GraphedProgram(CompiledProgram):
@@ -33,21 +37,24 @@ class GraphedProgram(CompiledProgram):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        # by number of microbatches and whether gradients are clipped; None: ran once, to be recorded next
-        self._records: dict[tuple[int, bool], _Recorded | None] = {}
+        # by number of microbatches, whether gradients are clipped by norm, the value they are clipped by, and what is
+        # measured; None: ran once, recorded next
+        self._records: dict[tuple[int, bool, float | None, Mode], _Recorded | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # recordings share their memory: one replays at a time
 
     def train_step(
         self,
         microbatches: Sequence[Mapping[str, Tensor]],
         hyperparameters: Tensor,
         max_grad_norm: float | Tensor | None,
+        max_grad_value: float | None = None,
     ) -> StepResult:
         """As `CompiledProgram.train_step`; each number of microbatches, clipped or not, has a recording of its own."""
-        kind = (len(microbatches), max_grad_norm is None)
+        kind = (len(microbatches), max_grad_norm is None, max_grad_value, self.measuring.mode)
         if kind not in self._records:
             self._records[kind] = None
-            return super().train_step(microbatches, hyperparameters, max_grad_norm)
-        record = self._records[kind] or self._record(microbatches, hyperparameters, max_grad_norm)
+            return super().train_step(microbatches, hyperparameters, max_grad_norm, max_grad_value)
+        record = self._records[kind] or self._record(microbatches, hyperparameters, max_grad_norm, max_grad_value)
         self._records[kind] = record
         for static, given in zip(record.microbatches, microbatches, strict=True):
             for name, tensor in static.items():
@@ -57,14 +64,18 @@ class GraphedProgram(CompiledProgram):
             record.max_grad_norm.fill_(max_grad_norm)  # type: ignore[arg-type]
         record.graph.replay()
         # the next replay overwrites these, and a loss may be read a step late
+        self.measuring.phases.marks = record.marks
         result = record.result
-        return StepResult(result.loss.clone(), _copied(result.grad_norm), _copied(result.objective))
+        return StepResult(
+            result.loss.clone(), _copied(result.grad_norm), _copied(result.objective), _copied(result.applied)
+        )
 
     def _record(
         self,
         microbatches: Sequence[Mapping[str, Tensor]],
         hyperparameters: Tensor,
         max_grad_norm: float | Tensor | None,
+        max_grad_value: float | None,
     ) -> _Recorded:
         static = [{name: tensor.clone() for name, tensor in microbatch.items()} for microbatch in microbatches]
         hyper = hyperparameters.to(self.device, copy=True)
@@ -75,9 +86,9 @@ class GraphedProgram(CompiledProgram):
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog thread asks the device about its events meanwhile: only this thread is being recorded.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = super().train_step(static, hyper, clip)
-        return _Recorded(graph, static, hyper, clip, result)
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = super().train_step(static, hyper, clip, max_grad_value)
+        return _Recorded(graph, static, hyper, clip, result, self.measuring.phases.marks)
 
 
 def _copied(tensor: Tensor | None) -> Tensor | None:

@@ -90,10 +90,11 @@ def add_updates(
     optimizers: Mapping[str, Optimizer],
     policy: PrecisionPolicy,
     sources: Sources,
+    skips: bool = False,
 ) -> list[dict[str, Any]]:
     """Capture the update of every distinct group; returns a schedule entry for each block, the head, the embedding.
 
-    `optimizers`: the rule of each trained parameter, by its full name.
+    `optimizers`: the rule of each trained parameter, by its full name. `skips`: as for `capture_update`.
     """
     known: dict[str, dict[str, Any]] = {}
     entries = []
@@ -104,7 +105,7 @@ def add_updates(
         kind = repr((group.shapes, group.direct, [rule.key for rule in rules.values()]))
         if kind not in known:
             label = label or f"update_{len(known)}"
-            known[kind] = _capture_group(regions, label, group, rules, policy, sources, columns)
+            known[kind] = _capture_group(regions, label, group, rules, policy, sources, columns, skips)
         entries.append(known[kind] | {"parameters": group.names})
     return entries
 
@@ -117,17 +118,18 @@ def _capture_group(
     policy: PrecisionPolicy,
     sources: Sources,
     columns: int,
+    skips: bool,
 ) -> dict[str, Any]:
     """The regions of a group, and the shapes of its parameters' state."""
     if not group.shapes:
         return {"direct": None, "summed": None, "state": {}}
     state = {local: dict(rules[local].state_shapes(shape)) for local, shape in group.shapes.items()}
     tensors = {name: sources.empty(shape, as_torch(policy.parameters)) for name, shape in group.shapes.items()}
-    regions[label] = capture_update(label, rules, tensors, group.direct, policy, sources, columns)
+    regions[label] = capture_update(label, rules, tensors, group.direct, policy, sources, columns, skips)
     if group.summed == group.direct:
         return {"direct": label, "summed": label, "state": state}
     summed = f"{label}_summed"
-    regions[summed] = capture_update(summed, rules, tensors, group.summed, policy, sources, columns)
+    regions[summed] = capture_update(summed, rules, tensors, group.summed, policy, sources, columns, skips)
     return {"direct": label, "summed": summed, "state": state}
 
 

@@ -40,3 +40,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     target = torch.where(vocabulary == labels[:, None], logits, 0).sum(-1)
     log_z = torch.logsumexp(logits, -1)
     return log_z - target, log_z, target
+
+
+def hits_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
+    """Σ grad_scale over the tokens whose likeliest next token is the label (the first of equals), 0-d."""
+    return ((logits.argmax(-1) == labels) * grad_scale).sum()

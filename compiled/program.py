@@ -10,7 +10,6 @@ Without clipping a group is updated as soon as it is summed, so that gradients n
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 from backends.state import require_calibrated
 from compiled.artifact import Artifact
 from compiled.binding import Binding
+from compiled.clipping import Verdict, clip_values, judge
 from compiled.reduction import Gradients, OneWorker, Reducer
 from compiled.stages import StagedModel
 from compiled.statistics import Statistics
+from compiled.step_result import StepResult
 from compiled.updating import Updater
 
 # a part's inputs, and its outputs unless they are computed again
@@ -28,23 +29,12 @@ Kept = tuple[dict[str, Tensor], dict[str, Tensor] | None]
 Sink = Callable[[int, Gradients], None]  # (group, its gradients of this microbatch, final)
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """0-d tensors: Σ grad_scale · CE over microbatches and workers, and the gradients' global norm before clipping.
-
-    The norm is None when gradients are not clipped. `objective`: the same sum of what was minimised, None for the loss.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor | None
-    objective: Tensor | None = None
-
-
 class CompiledProgram:
     """Trains `model` in place through the regions of `artifact`.
 
     The model lies on the artifact's device in its final dtypes. `moments_dtype` and `master_dtype` as for `Updater`;
     `reducer` sums over the workers of the job. `loss_terms`: the numbers of the artifact's terms (see objective.py).
+    `stats_every`: steps from one that is measured to the next.
     """
 
     def __init__(
@@ -56,6 +46,7 @@ class CompiledProgram:
         master_dtype: torch.dtype | None,
         reducer: Reducer | None = None,
         loss_terms: Mapping[str, float] | None = None,
+        stats_every: int | None = None,
     ) -> None:
         self.binding = Binding(artifact, model)
         self.spec = artifact.spec
@@ -67,7 +58,10 @@ class CompiledProgram:
         cos, sin = self.model.rotary_tables(self.spec["max_seq_length"], self.device)
         # a microbatch that does not say where its rows lie in the step has them at the start
         self.tables = {"cos": cos, "sin": sin, "first_row": torch.zeros((), dtype=torch.int64, device=self.device)}
-        self.loss_terms = {name: self._loss_term(value) for name, value in (loss_terms or {}).items()}
+        dtype = self.binding.input_dtype(self.head["train"], "grad_scale")
+        self.loss_terms = {
+            name: torch.full((), value, dtype=dtype, device=self.device) for name, value in (loss_terms or {}).items()
+        }
         self.reducer: Reducer = reducer or OneWorker()
         self._is_calibrated = False  # asked once: what was seen stays seen
         self.updater = Updater(
@@ -77,7 +71,9 @@ class CompiledProgram:
             self.reducer,
             moments_dtype=moments_dtype,
             master_dtype=master_dtype,
+            stats_every=stats_every,
         )
+        self.measuring = self.updater.measuring
         self.optimizer_state = self.updater.optimizer_state
         self.load_optimizer_state = self.updater.load_optimizer_state
 
@@ -89,6 +85,7 @@ class CompiledProgram:
         microbatches: Sequence[Mapping[str, Tensor]],
         hyperparameters: Tensor,
         max_grad_norm: float | Tensor | None,
+        max_grad_value: float | None = None,
     ) -> StepResult:
         """One optimizer step over the microbatches (input_ids, labels, grad_scale[, article_ids]: [B, S], on device).
 
@@ -97,29 +94,46 @@ class CompiledProgram:
         """
         hyper = hyperparameters.to(self.device, non_blocking=True)
         wide = len(microbatches) > 1 or self.reducer.widens
+        skips = self.spec["skips_nonfinite"]
+        gathers = skips or max_grad_norm is not None
+        self.measuring.start()
 
         def update(groups: Iterable[tuple[int, Gradients]], coefficient: Tensor) -> None:
+            self.measuring.enter("reduce")
             for group, gradients in groups:
+                if not gathers:
+                    clip_values(gradients, max_grad_value)
                 self.updater.update(group, gradients, hyper, coefficient, wide=wide)
                 gradients.clear()
 
         def on_start() -> None:
-            if max_grad_norm is None:
+            if not gathers:
                 update(self.reducer.finished(everything=False), self.updater.one)
+                self.measuring.enter("backward")
 
         statistics = Statistics(self.binding.tensors)
         loss = self._sum_gradients(microbatches, on_start, statistics)
-        norm, coefficient = None, self.updater.one
+        self.measuring.enter("reduce")
+        verdict = Verdict(None, self.updater.one, None)
         summed = self.reducer.finished(everything=True)
-        if max_grad_norm is not None:
+        if gathers:
             gathered = list(summed)
-            norm = self.updater.norm(gradients for _, gradients in gathered)
-            coefficient, summed = self.updater.clip(norm, max_grad_norm), iter(gathered)
-        update(summed, coefficient)
-        statistics.write(self.reducer)
+            loss = self.reducer.sum_(loss) if skips else loss
+            verdict = judge(
+                self.updater,
+                [gradients for _, gradients in gathered],
+                max_norm=max_grad_norm,
+                max_value=max_grad_value,
+                loss=loss if skips else None,
+            )
+            summed = iter(gathered)
+        update(summed, verdict.coefficient)
+        statistics.write(self.reducer, verdict.applied)
         self.reducer.settle()
-        loss = self.reducer.sum_(loss)
-        return StepResult(loss[0], norm, loss[1]) if loss.ndim else StepResult(loss, norm)
+        self.measuring.finish(self.reducer)
+        loss = loss if skips else self.reducer.sum_(loss)
+        entropy, objective = loss if loss.ndim else (loss, None)
+        return StepResult(entropy, verdict.norm, objective, verdict.applied)
 
     @torch.no_grad()
     def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> Gradients:
@@ -183,8 +197,15 @@ class CompiledProgram:
     def _sweep(self, microbatch: Mapping[str, Tensor], sink: Sink, statistics: Statistics) -> Tensor:
         """Forward, head and backward of one microbatch; each group's gradients go to the sink when they are final."""
         run = self.binding.run
+        self.measuring.enter("forward")
         hidden, stash = self._forward(microbatch, statistics, keep=True)
+        self.measuring.enter("head")
         loss, grad, ends = self._head_step(hidden, microbatch, statistics)
+        if self.measuring.measures:
+            self.measuring.enter("accuracy")
+            hits = [run(self.head["evaluate"], chunk)["accuracy"] for chunk in self._chunks(hidden, microbatch)]
+            self.measuring.count_hits(_total(hits))
+        self.measuring.enter("backward")
         # final but for a tied weight, to which the embedding adds; on their way during the whole backward
         final = self.updater.groups[self.head_group]["parameters"].values()
         sink(self.head_group, {full: ends.pop(full) for full in final})
@@ -251,10 +272,6 @@ class CompiledProgram:
             first = microbatch.get("first_row", self.tables["first_row"]) * hidden.shape[1]
             chunks = [chunk | {"first_row": first + index * rows} for index, chunk in enumerate(chunks)]
         return chunks
-
-    def _loss_term(self, value: float) -> Tensor:
-        dtype = self.binding.input_dtype(self.head["train"], "grad_scale")
-        return torch.full((), value, dtype=dtype, device=self.device)
 
     def _embed_backward(self, inputs: dict[str, Tensor], grad: Tensor, gradients: Gradients) -> None:
         """Add the embedding's gradients to `gradients`, where a tied weight already has the head's."""

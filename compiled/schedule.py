@@ -82,7 +82,9 @@ def _capture_step(
     schedule.head = {"train": "head_train", "evaluate": "head_evaluate", "chunks": spec.head_chunks} | slots(head)
 
     schedule.embed["lookup_rows"] = lookup_rows(embed, head)
-    schedule.updates = add_updates(regions, blocks, embed, head, spec.head_chunks, optimizers, policy, sources)
+    schedule.updates = add_updates(
+        regions, blocks, embed, head, spec.head_chunks, optimizers, policy, sources, spec.skips_nonfinite
+    )
     return regions, schedule
 
 

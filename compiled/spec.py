@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # What a compiler may use of a CPU; the rest of /proc/cpuinfo's flags never reaches generated code.
 _ISA_PREFIXES = (
@@ -56,6 +56,7 @@ class StepSpec:
     versions: dict[str, str]
     deterministic: bool = True  # every run gives the same bits; on a CPU always
     lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha, layers and norms; empty: every weight is trained
+    skips_nonfinite: bool = False  # the update can be told to leave everything as it is
     loss_terms: list[str] = field(default_factory=list)  # what is minimised beside cross entropy: objective.TERMS
 
     def to_json(self) -> dict[str, Any]:

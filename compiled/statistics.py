@@ -41,13 +41,18 @@ class Statistics:
                 self._counts[full] = self._counts.get(full, 0) + 1
                 values.setdefault(full, given[full])
 
-    def write(self, reducer: Reducer) -> None:
-        """Combine with the other workers and write into the buffers. Every worker has to call it at the same point."""
+    def write(self, reducer: Reducer, applied: Tensor | None = None) -> None:
+        """Combine with the other workers and write into the buffers. Every worker has to call it at the same point.
+
+        `applied` (bool, 0-d): unless it is true, the buffers stay as they are.
+        """
         if not self._counts:
             return
         least, most, means = (self._values[kind] for kind in ("min", "max", "mean"))
         _over_workers(least, most, means, self._counts, reducer)
         for values in (least, most, means):
+            if applied is not None:
+                values = {full: torch.where(applied, value, self.targets[full]) for full, value in values.items()}
             if values:
                 torch._foreach_copy_([self.targets[full] for full in values], list(values.values()))
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from backends.errors import UserError
 from compiled.binding import Binding
+from compiled.measuring import Measuring, Unmeasured
 from compiled.reduction import Gradients, Reducer
 
 
@@ -15,7 +16,7 @@ class Updater:
     """Optimizer state of the groups this worker owns, and their update.
 
     `moments_dtype` is that of the optimizer's state; `master_dtype` that of the wider copy of the weights which is
-    updated (None: there is none).
+    updated (None: there is none). `stats_every`: steps from one that is measured to the next.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class Updater:
         *,
         moments_dtype: torch.dtype,
         master_dtype: torch.dtype | None,
+        stats_every: int | None = None,
     ) -> None:
         self.binding, self.reducer = binding, reducer
         self.groups = manifest["schedule"]["updates"]
@@ -47,6 +49,7 @@ class Updater:
                 if master_dtype is not None:
                     self.state[name]["master"] = parameter.detach().to(master_dtype, copy=True)
         work = master_dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        self.measuring = Unmeasured() if stats_every is None else self._measuring(model, stats_every)
         self.one = torch.ones((), dtype=work, device=self.device)
 
     def _row_index(self, rows: list[int]) -> slice | Tensor:
@@ -54,6 +57,11 @@ class Updater:
         if not rows or rows == list(range(rows[0], rows[0] + len(rows))):
             return slice(rows[0], rows[0] + len(rows)) if rows else slice(0)
         return torch.tensor(rows, device=self.device)
+
+    def _measuring(self, model: nn.Module, every: int) -> Measuring:
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        weights = {name: states.get("master", self.binding.tensors[name]) for name, states in self.state.items()}
+        return Measuring(trained, weights, every, self.device)
 
     def update(
         self, group: int, gradients: Gradients, hyperparameters: Tensor, coefficient: Tensor, *, wide: bool
@@ -68,7 +76,9 @@ class Updater:
             for local, full in entry["parameters"].items():
                 inputs[local], inputs[f"grad_{local}"] = self.binding.tensors[full], gradients[full]
                 inputs |= {f"{state}_{local}": tensor for state, tensor in self.state[full].items()}
+            self.measuring.before_update(gradients)
             self.binding.run(region, inputs)
+            self.measuring.after_update(gradients)
         self.reducer.publish(group, {full: self.binding.tensors[full] for full in entry["parameters"].values()})
 
     def norm(self, gathered: Iterable[Gradients]) -> Tensor:
@@ -84,11 +94,13 @@ class Updater:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Every tensor of this worker's optimizer state as `<parameter>.<state>`; the live tensors, not copies."""
-        return {f"{name}.{state}": tensor for name, states in self.state.items() for state, tensor in states.items()}
+        state = {f"{name}.{state}": tensor for name, states in self.state.items() for state, tensor in states.items()}
+        return state | self.measuring.state()
 
     @torch.no_grad()
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy a state saved by `optimizer_state` into place; `UserError` naming the first key that does not fit."""
+        self.measuring.load_state(tensors)
         for key, target in self.optimizer_state().items():
             given = tensors.get(key)
             if given is None or given.shape != target.shape:

@@ -34,6 +34,7 @@ NOT_PLANNED = (
     "seed",
     "output_dir",
     "max_grad_norm",
+    "max_grad_value",
     "eval_steps",
 )
 

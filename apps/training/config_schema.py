@@ -84,6 +84,10 @@ class TrainingConfig:
     evaluate: bool = setting(True, "evaluate on the dev split at the end")
     eval_steps: int | None = setting(None, "evaluate every so many steps too", at_least=1)
     max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; null: do not clip", above=0)
+    max_grad_value: float | None = setting(None, "clip each gradient to ± this, before the norm; null: no", above=0)
+    max_nonfinite_steps: int = setting(
+        0, "skip updates that are not finite; stop at so many in a row; 0: the first such loss ends the run", at_least=0
+    )
     label_smoothing: float = setting(
         0.0, "share of the target spread over all tokens; part of the artifact", at_least=0, below=1
     )
@@ -179,6 +183,8 @@ class LoggingConfig:
     run_id: str | None = setting(None, "the loggers' id of the run; null: chosen, in run_id.txt")
     tags: list[str] = setting(factory=list, help="the loggers' tags of the run: [TAG, …]")
     offline: bool = setting(False, "loggers write to OUTPUT_DIR and reach for no server")
+    stats_every: int | None = setting(None, "statistics of every so many steps; to csv, if to nobody", at_least=1)
+    stats_by: Literal["part", "group", "parameter"] = setting("part", "statistics of blocks, optimizer groups, each")
     records_per_second: float = setting(10.0, "at most so many records a second to the loggers", above=0)
 
 

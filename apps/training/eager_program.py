@@ -20,18 +20,21 @@ from apps.training.eager_update import make_updates
 from apps.training.parameter_groups import ParameterGroup, parameter_groups
 from backends.precision import BITS, PrecisionPolicy, as_torch
 from backends.state import CollectedState, collect_state, require_calibrated, set_first_row
+from compiled.measuring import Measuring, Unmeasured
 from compiled.reduction import OneWorker, Reducer
 
 
 class StepResult(NamedTuple):
     """0-d tensors on the device: reading them waits for it. `grad_norm` is None when gradients are not clipped.
 
-    `objective`: what was minimised, summed like the loss; None when it is the loss.
+    `objective`: what was minimised, summed like the loss; None when it is the loss. `applied`: whether anything was
+    updated; None for a step that cannot skip its update.
     """
 
     loss: Tensor
     grad_norm: Tensor | None
     objective: Tensor | None = None
+    applied: Tensor | None = None
 
 
 class EagerProgram:
@@ -49,11 +52,13 @@ class EagerProgram:
         precision: PrecisionPolicy,
         groups: Sequence[ParameterGroup] | None = None,
         reducer: Reducer | None = None,
+        stats_every: int | None = None,
         loss_terms: Mapping[str, float] | None = None,
+        skips_nonfinite: bool = False,
     ) -> None:
         """`groups`: the rules of the parameters; None: the default optimizer's. `loss_terms`: of compiled.objective."""
         groups = parameter_groups(OptimizerConfig(), model) if groups is None else groups
-        self.model, self.loss_terms = model, loss_terms or {}
+        self.model, self.loss_terms, self.skips_nonfinite = model, loss_terms or {}, skips_nonfinite
         self.reducer: Reducer = reducer or OneWorker()
         self.reducer.assign([sum(parameter.nbytes for parameter in model.parameters())])
         assert not self.reducer.shards, "the eager twin keeps its optimizer state whole"
@@ -71,28 +76,53 @@ class EagerProgram:
             for name, parameter in self.parameters.items()
         }
         self.updates = make_updates(groups, self.weights)
+        self.measuring = Unmeasured()
+        if stats_every is not None:
+            device = next(model.parameters()).device
+            self.measuring = Measuring(list(self.weights), self.weights, stats_every, device)
         self.row_of = {name: row for row, (name, _) in enumerate(model.named_parameters())}
 
     def train_step(
-        self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
+        self,
+        microbatches: Sequence[Mapping[str, Tensor]],
+        hyperparameters: Tensor,
+        max_grad_norm: float | None,
+        max_grad_value: float | None = None,
     ) -> StepResult:
         """One optimizer step over `microbatches` (input_ids, labels, grad_scale[, article_ids] on the device).
 
         `hyperparameters` as `hyperparameter_table` makes it, on the host.
         """
         self.model.train()
+        self.measuring.start()
         loss, gradients, states = self._loss_and_gradients(microbatches)
-        grad_norm = None
-        if max_grad_norm is not None:
+        entropy, objective = loss if loss.ndim else (loss, None)
+        grad_norm = applied = None
+        if max_grad_norm is not None or self.skips_nonfinite:
             grad_norm = nn.utils.get_total_norm(gradients.values())
-            scale = torch.clamp(max_grad_norm / (grad_norm + 1e-6), max=1.0)
-            torch._foreach_mul_(list(gradients.values()), scale)
+        if self.skips_nonfinite and grad_norm is not None:
+            applied = torch.isfinite(loss).all() & torch.isfinite(grad_norm)
+        if max_grad_value is not None:
+            gradients = {name: each.clamp(-max_grad_value, max_grad_value) for name, each in gradients.items()}
+        self.measuring.before_update(gradients)
+        if applied is None or applied:
+            self._update(gradients, hyperparameters, max_grad_norm)
+            self._store_state(states)
+        else:
+            for update in self.updates:
+                update.skip()
+        self.measuring.after_update(gradients)
+        self.measuring.finish(self.reducer)
+        return StepResult(entropy, grad_norm, objective, applied)
+
+    def _update(self, gradients: dict[str, Tensor], hyperparameters: Tensor, max_grad_norm: float | None) -> None:
+        if max_grad_norm is not None:
+            norm = nn.utils.get_total_norm(gradients.values())
+            torch._foreach_mul_(list(gradients.values()), torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
         rows = {name: hyperparameters[row] for name, row in self.row_of.items()}
         for update in self.updates:
             update.step(gradients, rows)
         self._store()
-        self._store_state(states)
-        return StepResult(loss[0], grad_norm, loss[1]) if loss.ndim else StepResult(loss, grad_norm)
 
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
         """Forward passes of one step that let the backends see their ranges; nothing else changes."""
@@ -124,7 +154,7 @@ class EagerProgram:
         }
         if self.has_masters:
             state |= {f"{name}.master": weight for name, weight in self.weights.items()}
-        return state
+        return state | self.measuring.state()
 
     @torch.no_grad()
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
@@ -136,6 +166,7 @@ class EagerProgram:
                 weight.copy_(self.parameters[name])
         for update in self.updates:
             update.load(tensors)
+        self.measuring.load_state(tensors)
 
     def _loss_and_state(self, microbatch: Mapping[str, Tensor]) -> tuple[Tensor, CollectedState]:
         extra = {"article_ids": microbatch["article_ids"]} if "article_ids" in microbatch else {}
@@ -143,6 +174,9 @@ class EagerProgram:
         with collect_state() as state:
             logits = self.model(input_ids=microbatch["input_ids"], use_cache=False, **extra).logits
         flat = logits.to(self.logits_dtype).flatten(0, 1)
+        if self.measuring.measures and self.model.training:
+            hits = flat.detach().argmax(-1) == microbatch["labels"].flatten()
+            self.measuring.count_hits((microbatch["grad_scale"].flatten() * hits).sum())
         each = F.cross_entropy(flat, microbatch["labels"].flatten(), reduction="none")
         scale, terms = microbatch["grad_scale"].flatten(), self.loss_terms
         if not terms or not self.model.training:
@@ -158,7 +192,9 @@ class EagerProgram:
         losses, states = [], []
         total: dict[str, Tensor] = {}
         for microbatch in microbatches:
+            self.measuring.enter("forward")
             loss, state = self._loss_and_state(microbatch)
+            self.measuring.enter("backward")
             states.append(state)
             losses.append(loss.detach())
             minimised = loss[1] if loss.ndim else loss
@@ -166,6 +202,7 @@ class EagerProgram:
             for name, gradient in zip(self.parameters, found, strict=True):
                 wide = gradient.to(self.arithmetic)
                 total[name] = total[name] + wide if name in total else wide
+        self.measuring.enter("reduce")
         self.reducer.start(0, total)
         ((_, summed),) = self.reducer.finished(everything=True)
         return self.reducer.sum_(torch.stack(losses).sum(0)), summed, states

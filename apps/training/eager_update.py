@@ -30,6 +30,9 @@ class EagerUpdate(Protocol):
     def step(self, gradients: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
         """Update in place; `rows`: the numbers of each parameter, on the host."""
 
+    def skip(self) -> None:
+        """A step without an update: it counts as a step all the same."""
+
 
 def is_torchs(group: ParameterGroup) -> bool:
     """Whether torch.optim has the group's rule."""
@@ -77,6 +80,15 @@ class TorchAdamW:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def skip(self) -> None:
+        """torch counts the steps for the bias corrections itself."""
+        for weight in self.weights.values():
+            state = self.optimizer.state[weight]
+            if not state:
+                state["step"] = torch.zeros((), device=weight.device)
+                state |= {name: torch.zeros_like(weight) for name in AdamW.state_names}
+            state["step"] += 1
+
 
 class PureUpdates:
     """The rules' `update_group`, a group at a time."""
@@ -116,6 +128,9 @@ class PureUpdates:
                 self.weights[name].copy_(weight)
                 for key, value in state.items():
                     self.state[name][key].copy_(value)
+
+    def skip(self) -> None:
+        pass  # the steps are counted in the numbers
 
     def _number(self, names: Iterable[str], value: float) -> Tensor:
         weight = self.weights[next(iter(names))]

@@ -25,6 +25,7 @@ class MemoryEstimate:
     gradients: int
     activations: int
     snapshot: int = 0  # of a checkpoint that is being written
+    statistics: int = 0  # the last gradient and the last update
 
     @property
     def total(self) -> int:
@@ -93,6 +94,12 @@ def of_one_worker(whole: MemoryEstimate, num_trained: int, world_size: int, *, s
     )
 
 
+def with_statistics(needed: MemoryEstimate, precision: PrecisionPolicy, num_trained: int) -> MemoryEstimate:
+    """`needed` by one worker that updates `num_trained` parameters and keeps their last gradients and updates."""
+    widest = max(BITS[precision.parameters], BITS[precision.master] if precision.master != "none" else 0, 32)
+    return replace(needed, statistics=2 * num_trained * widest // 8)
+
+
 def with_snapshot(
     needed: MemoryEstimate, world_size: int, *, shards: bool, saved_weights: int | None = None
 ) -> MemoryEstimate:
@@ -100,7 +107,7 @@ def with_snapshot(
 
     `saved_weights`: bytes of the weights that are saved (None: of all parameters).
     """
-    state = needed.masters + needed.moments
+    state = needed.masters + needed.moments + needed.statistics
     weights = needed.parameters if saved_weights is None else saved_weights
     return replace(needed, snapshot=weights // world_size + (state if shards else state // world_size))
 

@@ -33,6 +33,7 @@ class Outcome:
     peak: float | None  # of the device, in FLOP/s, where it is known
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    sums: dict[str, float] = field(default_factory=dict)  # of the statistics, up to the last step
 
     def utilisation(self, record: StepRecord) -> float | None:
         """Model FLOPs utilisation of a step: the share of the device's peak the model's own arithmetic took."""

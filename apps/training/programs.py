@@ -17,6 +17,7 @@ from apps.training.memory import (
     estimate,
     of_one_worker,
     with_snapshot,
+    with_statistics,
 )
 from apps.training.parameter_groups import state_elements
 from apps.training.step_plan import StepPlan, compile_command
@@ -63,7 +64,15 @@ def make_program(
     """The program that trains `model` in place, one of `workers` alike."""
     precision, reducer, terms = plan.precision, _reducer(config, workers), loss_terms(config.training)
     if artifact is None:
-        return EagerProgram(model, groups=plan.groups, precision=precision, reducer=reducer, loss_terms=terms)
+        return EagerProgram(
+            model,
+            groups=plan.groups,
+            precision=precision,
+            reducer=reducer,
+            loss_terms=terms,
+            skips_nonfinite=plan.spec.skips_nonfinite,
+            stats_every=config.logging.stats_every,
+        )
     master = None if precision.master == "none" else as_torch(precision.master)
     return _program_class(config.run.cuda_graph, artifact)(
         artifact,
@@ -72,6 +81,7 @@ def make_program(
         master_dtype=master,
         reducer=reducer,
         loss_terms=terms,
+        stats_every=config.logging.stats_every,
     )
 
 
@@ -146,6 +156,9 @@ def run_memory(
             num_trained=plan.num_trained,
         )
     mine = of_one_worker(whole, plan.num_trained, world_size, shards=training.shard_optimizer)
+    if config.logging.stats_every is not None:
+        share = world_size if training.shard_optimizer else 1
+        mine = with_statistics(mine, precision, plan.num_trained // share)
     if config.checkpoint.save and plan.spec.device["kind"] == "cpu":  # a GPU's goes to the host, which has more
         saved = plan.num_trained * BITS[precision.parameters] // 8 if plan.lora is not None else None
         return with_snapshot(mine, world_size, shards=training.shard_optimizer, saved_weights=saved)

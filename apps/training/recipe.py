@@ -21,6 +21,8 @@ class Recipe:
     rate: Callable[[int, float], float]  # (step, peak) → rate
     peak: float
     max_grad_norm: float | None
+    max_grad_value: float | None = None
+    max_nonfinite_steps: int = 0  # in a row, then the run ends; 0: no update can be skipped
 
 
 def make_recipe(config: TrainConfig, groups: Sequence[ParameterGroup], total_steps: int) -> Recipe:
@@ -32,4 +34,6 @@ def make_recipe(config: TrainConfig, groups: Sequence[ParameterGroup], total_ste
         rate=lambda step, peak: learning_rate(step, total_steps, peak, schedule.settings),
         peak=config.optimizer.settings.lr,
         max_grad_norm=config.training.max_grad_norm,
+        max_grad_value=config.training.max_grad_value,
+        max_nonfinite_steps=config.training.max_nonfinite_steps,
     )

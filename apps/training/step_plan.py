@@ -120,6 +120,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         versions=describe_versions(kind) | {"source": _source_fingerprint()},
         deterministic=kind == "cpu" or config.training.deterministic,
         lora=spec_fields(updates),
+        skips_nonfinite=config.training.max_nonfinite_steps > 0,
         loss_terms=list(loss_terms(config.training)),
     )
     return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec)
@@ -192,6 +193,8 @@ def compile_command(config: TrainConfig) -> str:
             if value != getattr(default, key) and key not in _NOT_COMPILED:
                 arguments.append(f"{section}.{key}={written(value)}")
     arguments += ["training.deterministic=true"] if config.training.deterministic else []
+    skipping = config.training.max_nonfinite_steps
+    arguments += [f"training.max_nonfinite_steps={skipping}"] if skipping else []
     arguments += [f"training.{name}={value}" for name, value in loss_terms(config.training).items()]
     optimizer, standard = config.optimizer, type(config.optimizer)()
     arguments += [f"optimizer={optimizer.name}"] if optimizer.name != standard.name else []

@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 from apps.training.data.packing import Rows
+from apps.training.host_copy import HostScalars
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.loss import Batch, make_batch, microbatches
 from apps.training.recipe import Recipe
 from apps.training.reporting.records import Evaluation, StepRecord
+from apps.training.statistics import MeasuredStep, RunStatistics
 from apps.training.steps import StepCount
 from backends.precision import PrecisionPolicy, as_torch, at_least_float32
 
 
 class StepResult(Protocol):
-    """0-d tensors on the device; `grad_norm` is None without clipping, `objective` where it is the loss."""
+    """0-d tensors on the device; `grad_norm` is None without clipping, `objective` where it is the loss, `applied`
+    where an update cannot be skipped."""
 
     @property
     def loss(self) -> Tensor: ...
@@ -35,13 +38,19 @@ class StepResult(Protocol):
     def grad_norm(self) -> Tensor | None: ...
     @property
     def objective(self) -> Tensor | None: ...
+    @property
+    def applied(self) -> Tensor | None: ...
 
 
 class Program(Protocol):
     """A train step over a model it updates in place. `compiled.program` and `eager_program` have one each."""
 
     def train_step(
-        self, microbatches: Sequence[Mapping[str, Tensor]], hyperparameters: Tensor, max_grad_norm: float | None
+        self,
+        microbatches: Sequence[Mapping[str, Tensor]],
+        hyperparameters: Tensor,
+        max_grad_norm: float | None,
+        max_grad_value: float | None,
     ) -> StepResult: ...
     def evaluate(self, microbatch: Mapping[str, Tensor]) -> Tensor: ...
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None: ...
@@ -89,6 +98,8 @@ class Trainer:
     article_attention: bool
     first_step: int
     last_step: int
+    skipped_before: int = 0  # steps in a row, up to `first_step`
+    statistics: RunStatistics | None = None
 
     @cached_property
     def loss_dtype(self) -> torch.dtype:
@@ -115,8 +126,9 @@ class Trainer:
         sees the model exactly at that step; when it returns true, the step's record is yielded before the next step is
         queued. So it is after a step for which `pause_after(step)` is true, and there the time until the generator is
         resumed counts for no step. Ends early, after a whole step and the same one on every worker, when
-        `should_stop()` says so on any. Raises NonFiniteLoss.
+        `should_stop()` says so on any, and after `max_nonfinite_steps` skipped in a row. Raises NonFiniteLoss.
         """
+        in_a_row, most = self.skipped_before, self.recipe.max_nonfinite_steps
         supply = iter(rows)
         waiting: list[_Queued] = []
         begin = time.perf_counter()
@@ -125,16 +137,20 @@ class Trainer:
             if queued is None:
                 break
             waiting.append(queued)
-            is_wanted = bool(on_queued(step))
+            is_wanted = bool(on_queued(step)) or queued.measured is not None
             settle = self.device.type == "cpu" or step == self.last_step or is_wanted or pause_after(step)
-            while len(waiting) > (0 if settle else 1):
-                record = waiting.pop(0).record(begin)
+            # what may be the last straw is waited for
+            while len(waiting) > (0 if settle or 0 < most <= in_a_row + 1 else 1):
+                record = self._record(waiting.pop(0), begin)
                 begin = time.perf_counter()
+                in_a_row = in_a_row + 1 if record.skipped else 0
                 yield record
+                if 0 < most <= in_a_row:
+                    return
             if pause_after(step):
                 begin = time.perf_counter()
         for late in waiting:
-            yield late.record(begin)
+            yield self._record(late, begin)
             begin = time.perf_counter()
 
     def calibrate(self, rows: Iterable[Rows], passes: int) -> None:
@@ -173,13 +189,17 @@ class Trainer:
     def _queue(self, step: int, supply: Iterator[Rows], should_stop: Callable[[], bool]) -> _Queued | None:
         """Hand one optimizer step to the device; None when a worker asks to stop before it."""
         self.workers.doing(f"reading rows of step {step}")
+        begin = time.perf_counter()
         batches = self._read(supply)
+        reading = time.perf_counter() - begin
         counts = (sum(batch.num_counted for batch in batches), sum(batch.num_tokens for batch in batches))
         self.workers.waiting(f"waiting for the others to begin step {step}")
         num_counted, num_tokens, stops = self.workers.sum_counts(*counts, int(should_stop()))
         if stops:
             return None
         self.workers.doing(f"computing step {step}")
+        if self.statistics is not None:
+            self.statistics.begin(step)
         recipe = self.recipe
         lr = recipe.rate(step, recipe.peak)
         table = hyperparameter_table(
@@ -195,9 +215,19 @@ class Trainer:
             ),
             _to_device(table, self.device),
             self.recipe.max_grad_norm,
+            self.recipe.max_grad_value,
         )
-        scalars = {"loss": result.loss, "grad_norm": result.grad_norm, "objective": result.objective}
-        return _Queued(step, self.count.position(step).epoch, lr, num_tokens, num_counted, _HostCopy(scalars))
+        scalars = {name: getattr(result, name) for name in ("loss", "grad_norm", "objective", "applied")}
+        measured = None if self.statistics is None else self.statistics.copy(reading)
+        return _Queued(
+            step, self.count.position(step).epoch, lr, num_tokens, num_counted, HostScalars(scalars), measured
+        )
+
+    def _record(self, queued: _Queued, begin: float) -> StepRecord:
+        record = queued.record(begin)
+        if self.statistics is not None:
+            self.statistics.tell(record, queued.measured)
+        return record
 
     def _read(self, supply: Iterator[Rows]) -> list[Batch]:
         """This worker's batches of the next step."""
@@ -222,7 +252,8 @@ class _Queued:
     lr: float
     num_tokens: int
     num_counted: int
-    scalars: _HostCopy
+    scalars: HostScalars
+    measured: MeasuredStep | None
 
     def record(self, begin: float) -> StepRecord:
         """Wait for the step's numbers; its time runs from `begin` to now."""
@@ -237,36 +268,11 @@ class _Queued:
             seconds=time.perf_counter() - begin,
             grad_norm=scalars.get("grad_norm"),
             objective=scalars.get("objective"),
+            skipped=int(not scalars.get("applied", True)),
         )
-        if not math.isfinite(record.loss):
+        if not math.isfinite(record.loss) and not record.skipped:
             raise NonFiniteLoss(record)
         return record
-
-
-class _HostCopy:
-    """Scalars on their way from the device: copied right behind the work that makes them, ahead of any later work.
-
-    Those that are None are left out.
-    """
-
-    def __init__(self, scalars: Mapping[str, Tensor | None]) -> None:
-        given = {name: scalar.detach().double() for name, scalar in scalars.items() if scalar is not None}
-        self.names = tuple(given)
-        values = torch.stack(list(given.values()))
-        self.done: torch.cuda.Event | None = None
-        if values.is_cuda:
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.values.copy_(values, non_blocking=True)
-            self.done = torch.cuda.Event()
-            self.done.record()
-        else:
-            self.values = values
-
-    def read(self) -> dict[str, float]:
-        """The numbers by name, once the device has made them."""
-        if self.done is not None:
-            self.done.synchronize()
-        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:

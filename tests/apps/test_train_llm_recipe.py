@@ -1,8 +1,10 @@
-"""Runs with label smoothing, z-loss and dropout, as a user starts and resumes them, with the eager twin."""
+"""Runs with label smoothing, z-loss, dropout and skipped updates, started and resumed, with the eager twin."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.apps.test_train_llm import losses, metrics, run
 
@@ -50,3 +52,40 @@ def test_microbatches_of_a_row_have_the_masks_of_the_whole_batch(settings: dict[
     cut = {"training__batch_size": "1", "training__gradient_accumulation_steps": "4"}
     assert run(settings, training__output_dir=str(tmp_path / "cut"), **cut) == 0
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "out"), rel=1e-12)
+
+
+def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run_with_the_last_good_weights(
+    settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exploding = {"optimizer.lr": "1e30", "training.max_steps": "20", "training.max_nonfinite_steps": "3"}
+    settings = settings | exploding | {"checkpoint.save": "true", "training.max_grad_norm": "null"}
+    assert run(settings) == 1
+    out, error = capsys.readouterr()
+    assert error.splitlines()[-1].startswith("error: The loss or a gradient was NaN or infinite in 3 steps in a row")
+    rows = metrics(tmp_path / "out")
+    skipped = [int(row["Skipped"]) for row in rows]
+    assert skipped == [0] * (len(rows) - 3) + [1] * 3
+    assert out.count(", Update skipped: not finite") == 3
+    assert f"iter_{len(rows)}/" in out
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    # started again, it goes on from what was saved, counts those before, and ends with the next
+    assert run(settings, training__resume="auto", training__overwrite_output_dir="true") == 1
+    assert "in 4 steps in a row" in capsys.readouterr().err
+    assert [row["Skipped"] for row in metrics(tmp_path / "out")] == [str(flag) for flag in [*skipped, 1]]
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_a_run_that_could_skip_and_need_not_has_the_bits_of_one_that_cannot(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    assert run(settings, training__max_grad_value="0.01") == 0
+    able = {"training__max_nonfinite_steps": "1", "training__output_dir": str(tmp_path / "able")}
+    assert run(settings, training__max_grad_value="0.01", **able) == 0
+    assert losses(tmp_path / "able") == losses(tmp_path / "out")
+    plain, able_ = (tmp_path / name / "model.safetensors" for name in ("out", "able"))
+    assert plain.read_bytes() == able_.read_bytes()
+    assert {row["Skipped"] for row in metrics(tmp_path / "able")} == {"0"}
+    assert run(settings, training__output_dir=str(tmp_path / "free")) == 0
+    assert losses(tmp_path / "free")[1:] != losses(tmp_path / "out")[1:]

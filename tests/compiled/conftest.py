@@ -39,7 +39,7 @@ class Compiled:
             add_random_updates(model, self.plan.lora)
         return model.train()
 
-    def program(self, model: Any) -> CompiledProgram:
+    def program(self, model: Any, **options: Any) -> CompiledProgram:
         master = self.plan.precision.master
         return CompiledProgram(
             self.artifact,
@@ -47,6 +47,7 @@ class Compiled:
             moments_dtype=as_torch(self.plan.precision.moments),
             master_dtype=None if master == "none" else as_torch(master),
             loss_terms=self.loss_terms,
+            **options,
         )
 
     @property

@@ -68,7 +68,8 @@ def build(settings: list[str], artifact: str, reducer: Reducer) -> tuple[StepPla
         add_random_updates(model, plan.lora)
     moments = as_torch(plan.precision.moments)
     opened = open_artifact(Path(artifact))
-    return plan, model, CompiledProgram(opened, model, moments_dtype=moments, master_dtype=None, reducer=reducer)
+    program = CompiledProgram(opened, model, moments_dtype=moments, master_dtype=None, reducer=reducer, stats_every=1)
+    return plan, model, program
 
 
 def table(plan: StepPlan, model: Any, step: int) -> Tensor:
@@ -89,11 +90,18 @@ def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]
 
     gradients = program.gradients(microbatches(0))
     numbers = range(1, STEPS + 1)
-    steps = [program.train_step(microbatches(step), table(plan, model, step), case["clip"]) for step in numbers]
+    steps, statistics, hits = [], [], []
+    for step in numbers:
+        program.measuring.begin(step)
+        steps.append(program.train_step(microbatches(step), table(plan, model, step), case["clip"]))
+        statistics.append(program.measuring.table.clone())
+        hits.append(program.measuring.accuracy.clone())
     return {
         "gradients": gradients,
         "losses": torch.stack([step.loss for step in steps]),
         "norms": [step.grad_norm for step in steps],
+        "statistics": statistics,
+        "accuracies": torch.stack(hits),
         "buffers": dict(model.named_buffers()),
         "weights": {name: weight.detach() for name, weight in model.named_parameters()},
         "state": program.optimizer_state(),

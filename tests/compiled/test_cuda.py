@@ -9,6 +9,7 @@ import torch
 from apps.training.eager_program import EagerProgram
 from backends.precision import as_torch
 from compiled.cuda_graph import GraphedProgram
+from compiled.measuring import COLUMNS
 from compiled.program import CompiledProgram
 from tests.compiled.conftest import Compile, Compiled
 
@@ -20,13 +21,14 @@ def on_gpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.cuda() for name, tensor in tensors.items()}
 
 
-def make(compiled: Compiled, program_class: type[CompiledProgram], model: Any) -> CompiledProgram:
+def make(compiled: Compiled, program_class: type[CompiledProgram], model: Any, **options: Any) -> CompiledProgram:
     master = compiled.plan.precision.master
     return program_class(
         compiled.artifact,
         model,
         moments_dtype=as_torch(compiled.plan.precision.moments),
         master_dtype=None if master == "none" else as_torch(master),
+        **options,
     )
 
 
@@ -75,3 +77,30 @@ def test_a_replayed_graph_gives_the_bits_of_single_regions(compile_step: Compile
     for (loss, norm), (expected, expected_norm) in zip(*losses, strict=True):
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
         torch.testing.assert_close(norm, expected_norm, rtol=1e-4, atol=0)
+
+
+def test_a_replayed_step_is_measured_as_single_regions_are(compile_step: Compile) -> None:
+    fields = {"hidden_size": 256, "intermediate_size": 384, "max_position_embeddings": 128}
+    compiled = compile_step(CUDA, "model.max_seq_length=128", "model.dtype=float32", **fields)
+    tables, hits = [], []
+    for program_class in (CompiledProgram, GraphedProgram):
+        model = compiled.model().cuda()
+        program = make(compiled, program_class, model, stats_every=3)
+        for step in range(1, 16):  # measured at 3, 6, 9, 12, 15: by regions, while it is recorded, and replayed
+            program.measuring.begin(step)
+            program.train_step([on_gpu(compiled.batch(step))], compiled.hyperparameters(model, step).cuda(), 0.1)
+            if program.measuring.measures:
+                tables.append(program.measuring.table.cpu())
+                hits.append(program.measuring.accuracy.item())
+                seconds = program.measuring.phases.seconds()
+                assert {"forward", "head", "accuracy", "backward", "statistics", "update"} <= seconds.keys()
+                assert all(0 <= time < 5 for time in seconds.values())
+                assert sum(seconds.values()) > 0
+    assert hits[:5] == pytest.approx(hits[5:], abs=1e-6)
+    for ours, theirs in zip(tables[:5], tables[5:], strict=True):
+        for column, name in enumerate(COLUMNS):
+            scale = theirs[:, column].abs()
+            if name.startswith("dot"):
+                last = theirs[:, COLUMNS.index(f"{name.removeprefix('dot_')}_square")]
+                scale = (theirs[:, COLUMNS.index("grad_square")] * last).sqrt()
+            assert ((ours[:, column] - theirs[:, column]).abs() <= 1e-3 * scale + 1e-12).all(), name

@@ -58,6 +58,11 @@ class Resumed:
     evaluations: list[Evaluation] = field(default_factory=list)
     checkpoint: Checkpoint | None = None
 
+    @property
+    def sums(self) -> dict[str, float]:
+        """The running sums of the statistics, as they were at the checkpoint."""
+        return {} if self.checkpoint is None else dict(self.checkpoint.state.get("statistics", {}))
+
     def last_step(self, total: int, num_steps: int | None) -> int:
         """The last step to take now: of the whole run's `total`, or `num_steps` from here."""
         return total if num_steps is None else min(total, self.step + num_steps)
@@ -118,9 +123,12 @@ class Saver:
 
     @property
     def nbytes(self) -> int:
-        """About what one checkpoint takes on the disk: weights, moments and masters of all workers."""
+        """About what one checkpoint takes on the disk: weights, moments, masters, and what statistics need, of all."""
         precision = self.config.precision
-        bits = BITS[precision.parameters] + (0 if precision.master == "none" else BITS[precision.master])
+        master = 0 if precision.master == "none" else BITS[precision.master]
+        bits = BITS[precision.parameters] + master
+        if self.config.logging.stats_every is not None:
+            bits += 2 * max(BITS[precision.parameters], master, 32)
         bits *= sum(weight.numel() for weight in weights_of(self.model).values())
         moments = state_elements(parameter_groups(self.config.optimizer, self.model))
         return (bits + moments * BITS[precision.moments]) // 8
@@ -204,5 +212,6 @@ class Saver:
 
     def _write(self, step: int, outcome: Outcome) -> None:
         assert self._writer is not None
-        self._writer.write(self.state, outcome.steps, outcome.evaluations)
+        state = self.state | ({"statistics": dict(outcome.sums)} if outcome.sums else {})
+        self._writer.write(state, outcome.steps, outcome.evaluations)
         self._saved_step = step

@@ -12,7 +12,7 @@ from typing import Any
 from apps.training.reporting.records import StepRecord
 
 COLUMNS = tuple(field.name for field in fields(StepRecord))
-_WHOLE = {"step", "epoch", "num_tokens", "num_counted"}
+_WHOLE = {"step", "epoch", "num_tokens", "num_counted", "skipped"}
 
 
 def header() -> str:

@@ -26,6 +26,7 @@ def step_line(record: StepRecord, position: Position, workers: int = 1) -> str:
         f"{several}Epoch [{position.epoch}/{position.epochs}], Step [{position.step}/{position.steps}], "
         f"Loss: {record.loss:.4f}, LR: {record.lr:.4g}, Num tokens this step: {record.num_tokens}"
         + ("" if record.objective is None else f", Objective: {record.objective:.4f}")
+        + (", Update skipped: not finite" if record.skipped else "")
     )
 
 

@@ -31,6 +31,7 @@ COLUMNS = (
     "Gradient Norm",
     "Tokens per Second",
     "Objective",
+    "Skipped",
 )
 
 
@@ -117,4 +118,5 @@ def _row(record: StepRecord) -> tuple[object, ...]:
         "" if record.grad_norm is None else record.grad_norm,
         round(record.tokens_per_second, 1),
         "" if record.objective is None else record.objective,
+        record.skipped,
     )

@@ -19,6 +19,7 @@ class StepRecord:
     seconds: float
     grad_norm: float | None  # before clipping; None when gradients are not clipped
     objective: float | None = None  # what was minimised, with label smoothing and z-loss; None when it was the loss
+    skipped: int = 0  # 1: loss or gradients were not finite, and nothing was updated
 
     @property
     def tokens_per_second(self) -> float:

@@ -20,6 +20,7 @@ from apps.training.reporting.channel import Channel
 from apps.training.reporting.output_folder import METRICS, MetricsFile
 from apps.training.reporting.pace import Pace, Report
 from apps.training.reporting.records import Evaluation, StepRecord
+from apps.training.trainer import Trainer
 
 RUN_ID = "run_id.txt"  # in the output folder: a resumed run goes on where the loggers know it
 
@@ -27,17 +28,18 @@ RUN_ID = "run_id.txt"  # in the output folder: a resumed run goes on where the l
 class RunReports:
     """Follows `outcome`, which holds the steps before those to come. A context manager that closes what it opened."""
 
-    def __init__(self, config: TrainConfig, outcome: Outcome, *, rows_per_step: int) -> None:
-        self.outcome, self.rows_per_step = outcome, rows_per_step
+    def __init__(self, config: TrainConfig, outcome: Outcome, trainer: Trainer) -> None:
+        self.outcome, self.statistics = outcome, trainer.statistics
+        self.rows_per_step = config.training.batch_size * trainer.accumulation * trainer.workers.world_size
         self.tokens = sum(record.num_tokens for record in outcome.steps)
         self._evaluations = len(outcome.evaluations)
         folder, settings = Path(config.training.output_dir), config.logging
         self.metrics = MetricsFile(folder / METRICS, outcome.steps)
         self.pace = Pace(settings.records_per_second)
         self.channels: list[Channel] = []
-        if settings.report_to:
+        names = dict.fromkeys(settings.report_to or (["csv"] if self.statistics else []))
+        if names:
             run = _run_of(config, folder, outcome.last_step)
-            names = dict.fromkeys(settings.report_to)
             self.channels = [Channel(name, partial(loggers.load(name), run)) for name in names]
 
     def append(self, record: StepRecord, progress: Progress) -> None:
@@ -45,7 +47,9 @@ class RunReports:
         self.metrics.append(record)
         self.tokens += record.num_tokens
         self._tell_evaluations()
-        self._offer(Report(record.step, step_values(record, self.tokens, self.rows_per_step)))
+        values = step_values(record, self.tokens, self.rows_per_step)
+        measured = self.statistics.values_of(record.step) if self.statistics else {}
+        self._offer(Report(record.step, values | measured, importance=int(bool(measured))))
         for complaint in self._complaints():
             progress.write(complaint, stream=sys.stderr)
 
@@ -98,7 +102,8 @@ def step_values(record: StepRecord, tokens: int, rows_per_step: int) -> dict[str
     }
     if record.seconds > 0:
         values |= {"steps_per_second": 1 / record.seconds, "samples_per_second": rows_per_step / record.seconds}
-    return values if record.grad_norm is None else values | {"grad_norm": record.grad_norm}
+    optional = {"grad_norm": record.grad_norm, "objective": record.objective}
+    return values | {name: value for name, value in optional.items() if value is not None}
 
 
 def evaluation_values(evaluation: Evaluation) -> dict[str, float]:

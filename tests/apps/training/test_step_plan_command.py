@@ -51,6 +51,7 @@ CHOICES: dict[str, st.SearchStrategy[str]] = {
     "training.max_steps": st.just("5"),
     "model.attention_dropout": st.sampled_from(["0", "0.1"]),
     "model.residual_dropout": st.sampled_from(["0.0", "0.25"]),
+    "training.max_nonfinite_steps": st.sampled_from(["0", "15"]),
     "training.label_smoothing": st.sampled_from(["0", "0.1"]),
     "training.z_loss": st.sampled_from(["0.0", "1e-4"]),
 }

@@ -32,12 +32,16 @@ class Noted:
     losses: dict[int, float] = field(default_factory=dict)
     microbatches: list[int] = field(default_factory=list)
     tables: list[Tensor] = field(default_factory=list)
+    skips: bool = False
 
-    def train_step(self, microbatches: list, hyperparameters: Tensor, max_grad_norm: float | None) -> StepResult:
+    def train_step(
+        self, microbatches: list, hyperparameters: Tensor, max_grad_norm: float | None, max_grad_value: float | None
+    ) -> StepResult:
         self.microbatches.append(len(microbatches))
         self.tables.append(hyperparameters)
         step = len(self.microbatches)
-        return StepResult(torch.tensor(self.losses.get(step, float(step))), None)
+        loss = torch.tensor(self.losses.get(step, float(step)))
+        return StepResult(loss, None, applied=loss.isfinite() if self.skips else None)
 
     def evaluate(self, microbatch: dict) -> Tensor:
         return microbatch["grad_scale"].sum()
@@ -195,6 +199,31 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(bad: float) -> None:
     assert [next(loop).step, next(loop).step] == [1, 2]
     with pytest.raises(NonFiniteLoss, match=rf"The loss of step 3 is {bad}.*Lower optimizer\.lr"):
         next(loop)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("bad", "most", "before", "last"),
+    [
+        ((2, 4, 5, 8), 3, 0, 10),  # never three in a row
+        ((2, 4, 5, 6, 7, 8), 3, 0, 6),
+        ((3,), 1, 0, 3),
+        ((1,), 3, 2, 1),  # two more came before the checkpoint
+        ((1, 3, 4), 3, 1, 10),
+        ((9, 10), 2, 0, 10),
+    ],
+)
+def test_skipped_steps_are_recorded_and_too_many_in_a_row_end_the_loop_at_once(
+    device: str, bad: tuple[int, ...], most: int, before: int, last: int
+) -> None:
+    program = Noted(losses=dict.fromkeys(bad, math.nan), skips=True)
+    loop = replace(trainer(program, 10, device), skipped_before=before)
+    loop = replace(loop, recipe=replace(loop.recipe, max_nonfinite_steps=most))
+    records = list(loop.steps(endless_rows(), pause_after=never, should_stop=never))
+    assert [record.step for record in records] == list(range(1, last + 1))
+    assert [record.step for record in records if record.skipped] == [step for step in bad if step <= last]
+    # also where losses are read late, no step was begun behind the last one
+    assert len(program.microbatches) == last
 
 
 def test_evaluation_is_the_mean_over_every_counted_position_with_padded_batches_in_it() -> None:

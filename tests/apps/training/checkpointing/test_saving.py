@@ -28,7 +28,7 @@ def make_saver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def train(saver: Saver, steps: int) -> None:
-    outcome = SimpleNamespace(steps=[], evaluations=[], last_step=0)
+    outcome = SimpleNamespace(steps=[], evaluations=[], sums={}, last_step=0)
     for record in records(steps):
         saver.on_queued(record.step)
         outcome.steps.append(record)
@@ -80,7 +80,7 @@ def test_what_is_on_its_way_is_complete_once_it_has_settled(make_saver: Any, tmp
     """As when the loss of a later step is not finite: the process ends, and the last good checkpoint is there."""
     saver = make_saver(8, "checkpoint.save_steps=3")
     saver.on_queued(3)
-    saver.on_record(3, SimpleNamespace(steps=records(3), evaluations=[]))
+    saver.on_record(3, SimpleNamespace(steps=records(3), evaluations=[], sums={}))
     saver.settle()
     found = newest(tmp_path / "checkpoints")
     assert found is not None

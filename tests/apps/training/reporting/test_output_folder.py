@@ -63,7 +63,7 @@ def test_each_step_is_in_the_csv_at_once_as_plain_numbers(tmp_path: Path) -> Non
             header, row = csv.reader(file)
     assert header == list(COLUMNS)
     assert header[:4] == ["Tokens in Step", "Step Loss", "Learning Rate", "Time per Step"]
-    assert row == ["2691", "5.123456789", "1e-05", "0.5", "1", "1", "2600", "", "5382.0", ""]
+    assert row == ["2691", "5.123456789", "1e-05", "0.5", "1", "1", "2600", "", "5382.0", "", "0"]
 
 
 def rows_of(path: Path) -> list[str]:
