@@ -81,6 +81,17 @@ class BackendLinear(Stateful, nn.Linear):
         scale = self.lora_alpha / self.lora_A.shape[0]
         return (self.weight.to(wide) + scale * update).to(self.compute_dtype or self.weight.dtype)
 
+    def hold_weight(self, weight: Tensor) -> None:
+        """Store a plain weight [out, in] again, computed by `dense`, in place of what a backend had; a bias stays."""
+        assert self.stored is not None
+        trained = next(self.parameters()).requires_grad
+        for name in self.stored:
+            if name != "bias":
+                delattr(self, name)
+        self.stored = None
+        self.weight = nn.Parameter(weight, requires_grad=trained)
+        self.set_backend(default_backend())
+
     def extra_repr(self) -> str:
         rank = "" if self.lora_alpha is None else f", lora={self.lora_A.shape[0]}"
         return f"{super().extra_repr()}, backend={self.backend}{rank}"

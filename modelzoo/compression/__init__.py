@@ -2,6 +2,7 @@
 
 from modelzoo.compression.allocation import spectrum_ranks, uniform_ranks
 from modelzoo.compression.compressing import LayerReport, compress_model
+from modelzoo.compression.expanding import expand_model
 from modelzoo.compression.methods import METHODS, Factors, compress, measured_error
 from modelzoo.compression.moments import Moments
 
@@ -12,6 +13,7 @@ __all__ = [
     "Moments",
     "compress",
     "compress_model",
+    "expand_model",
     "measured_error",
     "spectrum_ranks",
     "uniform_ranks",
