@@ -86,7 +86,7 @@ class TrainingConfig:
     max_grad_norm: float | None = setting(1.0, "clip the gradients' global norm to this; null: do not clip", above=0)
     max_grad_value: float | None = setting(None, "clip each gradient to ± this, before the norm; null: no", above=0)
     max_nonfinite_steps: int = setting(
-        0, "skip updates that are not finite; stop at so many in a row; 0: the first such loss ends the run", at_least=0
+        0, "skip non-finite updates, stop at so many in a row; 0: stop at once", at_least=0
     )
     label_smoothing: float = setting(
         0.0, "share of the target spread over all tokens; part of the artifact", at_least=0, below=1

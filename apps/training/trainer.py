@@ -124,9 +124,10 @@ class Trainer:
 
         `on_queued(step)` is called when the device has been given the step and nothing after it: what is queued there
         sees the model exactly at that step; when it returns true, the step's record is yielded before the next step is
-        queued. So it is after a step for which `pause_after(step)` is true, and there the time until the generator is
-        resumed counts for no step. Ends early, after a whole step and the same one on every worker, when
-        `should_stop()` says so on any, and after `max_nonfinite_steps` skipped in a row. Raises NonFiniteLoss.
+        queued. So it is after a measured step (the next one's clock readings would replace its own), and after one for
+        which `pause_after(step)` is true, where the time until the generator is resumed counts for no step. Ends early,
+        after a whole step and the same one on every worker, when `should_stop()` says so on any, and after
+        `max_nonfinite_steps` skipped in a row. Raises NonFiniteLoss.
         """
         in_a_row, most = self.skipped_before, self.recipe.max_nonfinite_steps
         supply = iter(rows)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.apps.test_train_llm import losses, metrics, run
+from tests.apps.test_train_llm_workers import job
 
 RECIPE = {
     "model.residual_dropout": "0.1",
@@ -89,3 +90,27 @@ def test_a_run_that_could_skip_and_need_not_has_the_bits_of_one_that_cannot(
     assert {row["Skipped"] for row in metrics(tmp_path / "able")} == {"0"}
     assert run(settings, training__output_dir=str(tmp_path / "free")) == 0
     assert losses(tmp_path / "free")[1:] != losses(tmp_path / "out")[1:]
+
+
+@pytest.mark.slow
+def test_two_workers_have_the_masks_and_objectives_of_one_process(settings: dict[str, str], tmp_path: Path) -> None:
+    given = (
+        settings | RECIPE | {"model.dtype": "float64", "training.batch_size": "2", "training.global_batch_size": "8"}
+    )
+    given |= {"training.max_nonfinite_steps": "3", "training.max_grad_value": "0.01"}
+    assert run(given, training__output_dir=str(tmp_path / "one")) == 0
+    done = job("mpich", 2, given)
+    assert done.returncode == 0, done.stderr
+    for column in ("Step Loss", "Objective", "Skipped"):
+        ours, theirs = ([float(row[column]) for row in metrics(tmp_path / name)] for name in ("out", "one"))
+        assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_two_workers_end_together_over_skipped_updates(settings: dict[str, str], tmp_path: Path) -> None:
+    exploding = {"optimizer.lr": "1e30", "training.max_steps": "20", "training.max_nonfinite_steps": "2"}
+    done = job("mpich", 2, settings | exploding | {"training.batch_size": "2", "training.max_grad_norm": "null"})
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "NaN or infinite in 2 steps in a row" in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from apps.train_llm import program
 from apps.training.cli import run_main
+from tests.apps.test_train_llm_workers import job
 
 
 def run(settings: dict[str, str], **changes: str) -> int:
@@ -104,3 +105,20 @@ def test_groups_of_the_optimizer_and_nothing_when_off(settings: dict[str, str], 
     assert names == ["grad_l2/all", "grad_l2/0-adamw", "grad_l2/1-adamw"]
     assert run(settings, logging__report_to="[csv]", training__output_dir=str(tmp_path / "off"), **MEASURED) == 0
     assert not [name for name in table(tmp_path / "off")[0] if "/" in name]
+
+
+@pytest.mark.slow
+def test_two_workers_report_the_numbers_of_one_and_only_the_first_reports(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    given = settings | {"training.batch_size": "2", "training.global_batch_size": "4", "logging.stats_every": "2"}
+    assert run(given, training__output_dir=str(tmp_path / "one"), **MEASURED) == 0
+    done = job("mpich", 2, given, **MEASURED)
+    assert done.returncode == 0, done.stderr
+    assert len(table(tmp_path / "out")) == 6  # a row a step, not one from each worker
+    for ours, theirs in zip(table(tmp_path / "out"), table(tmp_path / "one"), strict=True):
+        expected = numbers(theirs)
+        assert numbers(ours).keys() == expected.keys()
+        for name, value in numbers(ours).items():
+            # inner products are small beside the lengths of their sides; Adam magnifies the rounding of tiny gradients
+            assert value == pytest.approx(expected[name], rel=2e-3, abs=2e-4), (ours["step"], name)

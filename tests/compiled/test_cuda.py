@@ -104,3 +104,27 @@ def test_a_replayed_step_is_measured_as_single_regions_are(compile_step: Compile
                 last = theirs[:, COLUMNS.index(f"{name.removeprefix('dot_')}_square")]
                 scale = (theirs[:, COLUMNS.index("grad_square")] * last).sqrt()
             assert ((ours[:, column] - theirs[:, column]).abs() <= 1e-3 * scale + 1e-12).all(), name
+
+
+def test_a_replayed_step_skips_what_is_not_finite_and_drops_what_single_regions_drop(compile_step: Compile) -> None:
+    fields = {"hidden_size": 256, "intermediate_size": 384, "max_position_embeddings": 128}
+    recipe = ("training.max_nonfinite_steps=3", "training.z_loss=0.02", "model.residual_dropout=0.1")
+    shape = ("model.max_seq_length=128", "model.dtype=float32", "model.attention_dropout=0.1")
+    compiled = compile_step(CUDA, *shape, *recipe, **fields)
+    losses = []
+    for program_class in (CompiledProgram, GraphedProgram):
+        model = compiled.model().cuda()
+        program = make(compiled, program_class, model, loss_terms=compiled.loss_terms)
+        losses.append([])
+        for step in range(1, 9):
+            batch = on_gpu(compiled.batch(step))
+            if step in (4, 7):
+                batch["grad_scale"][0, 0] = torch.nan
+            before = [parameter.clone() for parameter in model.parameters()]
+            result = program.train_step([batch], compiled.hyperparameters(model, step).cuda(), 1.0, 0.5)
+            assert bool(result.applied) == (step not in (4, 7))
+            kept = all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+            assert kept == (step in (4, 7))
+            losses[-1].append(torch.stack([result.loss, result.objective]))
+    for found, expected in zip(*losses, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=0, equal_nan=True)

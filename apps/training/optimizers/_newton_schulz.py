@@ -40,23 +40,38 @@ def orthogonalized(matrices: Sequence[Tensor], steps: int) -> list[Tensor]:
 def newton_schulz(matrices: Sequence[Tensor], steps: int) -> Tensor:
     """The matrices, all [m, n] with m ≤ n, after `steps` rounds, as one [batch, m, n] in `product_dtype`.
 
-    Divided by its Frobenius norm at first, which bounds the largest singular value by 1.
+    Divided by its Frobenius norm at first, which bounds the largest singular value by 1. Of wide matrices two rounds
+    are made one product: with F = a + b A + c A², the next A is F A F. In units of 2m³ FLOPs that costs 2n/m + 5 for
+    two rounds instead of 4n/m + 2. More rounds at once lose small singular values in bfloat16.
+    """
+    import torch
+
+    whole = torch.stack(list(matrices))
+    norms = torch.linalg.vector_norm(whole, dim=(-2, -1), keepdim=True)
+    x = (whole / (norms + EPS)).to(product_dtype(whole))
+    rows, columns = x.shape[1:]
+    while steps > 0:
+        gram = x @ x.mT
+        factor = _factor(gram, whole.dtype)
+        if steps > 1 and 2 * columns > 3 * rows:
+            factor = _factor(factor @ (gram @ factor), whole.dtype) @ factor
+            steps -= 1
+        x = factor @ x
+        steps -= 1
+    return x
+
+
+def _factor(gram: Tensor, wide: torch.dtype) -> Tensor:
+    """a + b A + c A² in A's dtype, summed in `wide`.
+
+    a X is got by a on the small factor's diagonal: less to read and write, and closer too (in bfloat16 five rounds are
+    off by 1.2 % where a X and B X summed in bfloat16 are off by 2.6 %).
     """
     import torch
 
     a, b, c = COEFFICIENTS
-    whole = torch.stack(list(matrices))
-    norms = torch.linalg.vector_norm(whole, dim=(-2, -1), keepdim=True)
-    x = (whole / (norms + EPS)).to(product_dtype(whole))
-    # a X is got by a on the small factor's diagonal: less to read and write, and, summed in float32, closer too (in
-    # bfloat16 five rounds are off by 1.2 % where X, A X and A² X summed in bfloat16 are off by 2.5 %)
-    wide = whole.dtype
-    identity = a * torch.eye(x.shape[1], dtype=wide, device=x.device)
-    for _ in range(steps):
-        gram = x @ x.mT
-        factor = identity + b * gram.to(wide) + c * (gram @ gram).to(wide)
-        x = factor.to(x.dtype) @ x
-    return x
+    identity = a * torch.eye(gram.shape[-1], dtype=wide, device=gram.device)
+    return (identity + b * gram.to(wide) + c * (gram @ gram).to(wide)).to(gram.dtype)
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:

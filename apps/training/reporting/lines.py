@@ -41,8 +41,9 @@ def unigram_line(entropy: float) -> str:
 
 def settings_text(name: str, settings: object) -> str:
     """A plugin with its settings: `adamw (lr 0.0003, weight_decay 0.1)`."""
+    spelled = {key: "null" if value is None else value for key, value in vars(settings).items()}
     values = ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in vars(settings).items()
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in spelled.items()
     )
     return f"{name} ({values})" if values else name
 

@@ -102,7 +102,7 @@ def step_values(record: StepRecord, tokens: int, rows_per_step: int) -> dict[str
     }
     if record.seconds > 0:
         values |= {"steps_per_second": 1 / record.seconds, "samples_per_second": rows_per_step / record.seconds}
-    optional = {"grad_norm": record.grad_norm, "objective": record.objective}
+    optional = {"grad_norm": record.grad_norm, "objective": record.objective, "skipped": record.skipped or None}
     return values | {name: value for name, value in optional.items() if value is not None}
 
 

@@ -69,7 +69,7 @@ def test_the_nearest_artifact_is_shown_with_the_fields_that_differ(
 
 def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig, plan: StepPlan) -> None:
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
-    cost, state = {"activation_bytes": 1000, "head_bytes": 24}, {"state": ["exp_avg", "exp_avg_sq"]}
+    cost, state = {"activation_bytes": 1000, "head_bytes": 24}, {"state_elements": 2 * parameters}
     artifact = Artifact(
         Path("a.substrate"),
         {"cost": cost, "optimizer": state, "parameters": parameters, "trained_parameters": parameters},

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from apps.training.reporting.lines import evaluation_line, live_fields, overview, short, step_line
+from apps.training.reporting.lines import evaluation_line, live_fields, overview, settings_text, short, step_line
 from apps.training.reporting.records import Evaluation, StepRecord
+from apps.training.schedules.trapezoid import Trapezoid
 from apps.training.steps import StepCount
 
 RECORD = StepRecord(
@@ -29,6 +30,11 @@ def test_the_overview_is_the_reference_apps() -> None:
         "Per worker number of batches (steps): 2,622",
         "Number of DP workers: 2",
     ]
+
+
+def test_settings_are_spelled_as_one_types_them() -> None:
+    settings = Trapezoid.Config(warmup_steps=3)
+    assert settings_text("trapezoid", settings) == "trapezoid (warmup_steps 3, decay_steps null, final_ratio 0)"
 
 
 def test_the_evaluation_line() -> None:
