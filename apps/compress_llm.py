@@ -58,6 +58,7 @@ def program(argv: Sequence[str]) -> None:
 def compress(settings: CompressSettings, output: Path, workers: Workers, device: torch.device) -> None:
     """Load, take the perplexity, compress, take it again, save."""
     from apps.compression.calibration import calibration_batches, find_data, perplexity
+    from apps.compression.learning import Learning
     from apps.compression.report import CSV, PICTURE, layer_table, summary, write_csv, write_picture
     from modelzoo.compression import compress_model
 
@@ -69,6 +70,11 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
     if settings.evaluate and workers.is_first:
         before = perplexity(model, dataset, settings, device, "Perplexity before")
     chosen = settings.compress
+    learning = Learning(model, batches, settings) if chosen.method == "mimic_gd" else None
+    if learning is not None and workers.world_size > 1:
+        raise UserError(
+            "compress.method=mimic_gd learns in one process. Start one worker, or use compress.method=mimic."
+        )
     with Progress(None, "Compressing", "layers", mode=settings.progress) as progress:
 
         def on_layer(report: Any) -> None:
@@ -79,12 +85,13 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
         reports = compress_model(
             model,
             batches,
-            method=chosen.method,
+            method="svd" if learning is not None else chosen.method,
             keep=chosen.keep,
             ranks=chosen.ranks,
             allocation=chosen.allocation,
             match=chosen.match,
             inputs=chosen.inputs,
+            learned=learning,
             sum_=workers.sum_,
             on_layer=on_layer,
         )
@@ -95,6 +102,8 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
     title = f"{Path(settings.checkpoint.model_name_or_path).resolve().name}: {chosen.method}"
     write_csv(output / CSV, reports, predicts=chosen.method in ("svd_llm", "mimic"))
     write_picture(output / PICTURE, reports, title)
+    if learning is not None:
+        learning.save(output)
     print(layer_table(reports))
     for line in summary(reports):
         print(line)

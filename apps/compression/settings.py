@@ -16,8 +16,8 @@ class CheckpointSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionSettings:
-    method: Literal["svd", "asvd", "svd_llm", "mimic"] = setting(
-        "mimic", "mimic: least error of the outputs, means apart; see docs/low-rank.md"
+    method: Literal["svd", "asvd", "svd_llm", "mimic", "mimic_gd"] = setting(
+        "mimic", "mimic: least error of the outputs, in closed form; mimic_gd: learned; see docs/low-rank.md"
     )
     keep: float | None = setting(None, "share of the layers' numbers to keep, above 0, at most 1")
     ranks: Any = setting(None, "rank by layer name or its end: '{q_proj: 384, o_proj: 384}'")
@@ -28,6 +28,9 @@ class CompressionSettings:
     inputs: Literal["compressed", "dense"] = setting(
         "compressed", "what a layer's inputs come out of: its compressed predecessors, or the dense ones"
     )
+    epochs: int = setting(1, "of mimic_gd: passes over the calibration data", at_least=1)
+    lr: float = setting(8.6e-5, "of mimic_gd: AdamW's learning rate", above=0)
+    max_grad_norm: float = setting(2.0, "of mimic_gd: a layer's gradients are clipped to this norm", above=0)
     calibration: str | None = setting(None, "dataset folder; null: the embedded corpus, prepared when missing")
     tokens: int = setting(65536, "train tokens of it to take moments over", at_least=1)
 
@@ -62,6 +65,11 @@ class CompressSettings:
             )
         if ranks is not None:
             _check_ranks(ranks)
+        if self.compress.method == "mimic_gd" and self.compress.inputs == "compressed":
+            raise UserError(
+                "compress.method=mimic_gd learns beside the dense model, got compress.inputs=compressed. "
+                "Add compress.inputs=dense."
+            )
 
 
 def _check_ranks(ranks: Any) -> None:

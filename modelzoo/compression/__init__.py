@@ -3,7 +3,8 @@
 from modelzoo.compression.allocation import spectrum_ranks, uniform_ranks
 from modelzoo.compression.compressing import LayerReport, compress_model
 from modelzoo.compression.expanding import expand_model
-from modelzoo.compression.methods import METHODS, Factors, compress, measured_error
+from modelzoo.compression.gradient import learn_factors
+from modelzoo.compression.methods import METHODS, Factors, compress, measured_error, start_of_learning
 from modelzoo.compression.moments import Moments
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "compress",
     "compress_model",
     "expand_model",
+    "learn_factors",
     "measured_error",
     "spectrum_ranks",
+    "start_of_learning",
     "uniform_ranks",
 ]

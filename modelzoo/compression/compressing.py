@@ -19,6 +19,8 @@ from modelzoo.compression.moments import Moments
 from modelzoo.compression.streaming import Batch, BlockInputs, blocks_of, linears_of, moments_of
 
 Sum = Callable[[Tensor], Tensor]
+# layers and their ranks, by name → factors of each
+Learned = Callable[[Mapping[str, nn.Linear], Mapping[str, int]], dict[str, Factors]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def compress_model(
     allocation: Literal["uniform", "spectrum"] = "uniform",
     match: str | Sequence[str] | None = None,
     inputs: Literal["compressed", "dense"] = "compressed",
+    learned: Learned | None = None,
     sum_: Sum = lambda tensor: tensor,
     on_layer: Callable[[LayerReport], None] = lambda report: None,
 ) -> list[LayerReport]:
@@ -58,9 +61,9 @@ def compress_model(
     `batches`: what the model is called with, at least one; read once, or twice for `allocation="spectrum"`. `ranks`
     gives ranks by layer name or its end (`q_proj`); else `keep` is the share of the numbers to stay. `match`: which
     layers, None: all of the blocks. `inputs`: whether a block's moments are those behind its compressed predecessors or
-    behind the dense ones. `sum_` adds up a tensor over the workers of a job, each with batches of its own. Plain
-    nn.Linear layers become `BackendLinear` with the backend lowrank. A UserError before the first block is replaced
-    leaves the model as it was.
+    behind the dense ones. `learned` makes all factors beforehand, in place of `method`. `sum_` adds up a tensor over
+    the workers of a job, each with batches of its own. Plain nn.Linear layers become `BackendLinear` with the backend
+    lowrank. A UserError before the first block is replaced leaves the model as it was.
     """
     if method not in METHODS:
         raise unknown("method", method, tuple(METHODS))
@@ -71,6 +74,7 @@ def compress_model(
     model.eval()
     try:
         chosen = _choose(model, blocks, shapes, batches, keep, ranks, allocation, sum_)
+        ready = {} if learned is None else learned(layers, {name: rank for name, rank in chosen.items() if rank})
         stream = BlockInputs(model, next(iter(blocks.values())), batches)
         reports = []
         for path, block in blocks.items():
@@ -83,7 +87,14 @@ def compress_model(
                         pass
             _add_up(moments, sum_)
             for name, layer in mine.items():
-                reports.append(_replace(name, layer, moments[name], method, chosen[name]))
+                rank = chosen[name]
+                if rank is None:
+                    factors = None
+                elif name in ready:
+                    factors = ready[name]
+                else:
+                    factors = compress(method, layer.weight, layer.bias, moments[name], rank)
+                reports.append(_replace(name, layer, moments[name], factors))
                 on_layer(reports[-1])
             if inputs == "compressed":
                 stream.advance(block)
@@ -161,18 +172,17 @@ def _add_up(moments: Mapping[str, Moments], sum_: Sum) -> None:
         each.total, each.magnitude, each.second = sum_(each.total), sum_(each.magnitude), sum_(each.second)
 
 
-def _replace(name: str, layer: nn.Linear, moments: Moments, method: str, rank: int | None) -> LayerReport:
+def _replace(name: str, layer: nn.Linear, moments: Moments, factors: Factors | None) -> LayerReport:
+    """Let the layer hold the factors (None: it stays dense), and say what that does to its outputs."""
     shape = LayerShape(layer.in_features, layer.out_features)
-    weight = layer.weight.detach()
-    bias = None if layer.bias is None else layer.bias.detach()
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     wide = weight.to(torch.float64)
     variance = float(((wide @ moments.covariance) * wide).sum())
-    if rank is None:
+    if factors is None:
         return LayerReport(name, shape, None, 0.0, 0.0, variance, wide.new_empty(0))
-    factors = compress(method, weight, bias, moments, rank)
     measured = measured_error(weight, bias, factors, moments)
     _store(layer, factors)
-    return LayerReport(name, shape, rank, factors.predicted, measured, variance, factors.spectrum)
+    return LayerReport(name, shape, factors.rank, factors.predicted, measured, variance, factors.spectrum)
 
 
 def _store(layer: nn.Linear, factors: Factors) -> None:

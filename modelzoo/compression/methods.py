@@ -45,8 +45,8 @@ Method = Callable[[Tensor, "Tensor | None", Moments, int], Factors]
 
 def compress(method: str, weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
     """Factors of rank `rank` for weight [out, in] and bias [out]; arithmetic in float64 on the weight's device."""
-    bias = None if bias is None else bias.to(torch.float64)
-    return METHODS[method](weight.to(torch.float64), bias, moments, rank)
+    bias = None if bias is None else bias.detach().to(torch.float64)
+    return METHODS[method](weight.detach().to(torch.float64), bias, moments, rank)
 
 
 def measured_error(weight: Tensor, bias: Tensor | None, factors: Factors, moments: Moments) -> float:
@@ -61,6 +61,11 @@ def measured_error(weight: Tensor, bias: Tensor | None, factors: Factors, moment
 def _svd(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     return _balanced(right[:rank], left[:, :rank] * values[:rank], bias, values.square())
+
+
+def start_of_learning(weight: Tensor, bias: Tensor | None, rank: int) -> Factors:
+    """The truncated SVD, which knows nothing of the inputs: what gradient descent begins with."""
+    return compress("svd", weight, bias, Moments.empty(0), rank)
 
 
 def _asvd(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:

@@ -138,6 +138,23 @@ def test_ranks_by_name_and_a_layer_above_break_even(
     assert "Perplexity" not in out
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is first used
+def test_learned_factors_have_their_losses_saved(
+    arguments: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned = {"compress.method": "mimic_gd", "compress.inputs": "dense", "compress.lr": 3e-3, "compress.epochs": 10}
+    code, out, err = run(capsys, monkeypatch, arguments | learned | {"compress.match": "[q_proj, o_proj]"})
+    assert code == 0, err
+    assert "Batch [40/40], Mean loss:" in out
+    with (tmp_path / "low" / "mimic_losses.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["batch"] for row in rows] == ["8", "16", "24", "32", "40"]
+    layers = [name for name in rows[0] if name != "batch"]
+    assert len(layers) == 4
+    for name in layers:
+        assert float(rows[-1][name]) < float(rows[0][name])
+
+
 def test_two_workers_write_what_one_writes(
     arguments: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +190,7 @@ def test_two_workers_write_what_one_writes(
         ({"compress.method": "svdllm"}, "svd_llm"),
         ({"checkpoint.model_name_or_path": "/nowhere"}, "no folder '/nowhere'"),
         ({"max_seq_length": 64}, "not compatible with this model"),
+        ({"compress.method": "mimic_gd"}, "Add compress.inputs=dense"),
         ({"compress.match": "[lm_head]"}, "is in none of the model's blocks"),
     ],
 )
