@@ -175,7 +175,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     outcome = Outcome(
         title=f"{plan.model_name} on {dataset.folder.name}",
         overview=overview(count, batch_size=settings.batch_size * accumulation, workers=workers.world_size),
-        routed_table=plan.routing.table(),
+        routed_table=plan.tables,
         num_parameters=plan.num_parameters,
         flops_per_step=rows_per_step * length * flops,
         peak=None if peak is None else peak * workers.world_size,

@@ -30,7 +30,10 @@ def at_least_float32(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrecisionPolicy:
-    """Dtype names, all resolved. `master` is "none" or the dtype of the wider copy that the optimizer updates."""
+    """Dtype names, all resolved. `master` is "none" or the dtype of the wider copy that the optimizer updates.
+
+    `rounding` of updated parameters without masters: "nearest" or "stochastic".
+    """
 
     parameters: str = "float32"
     compute: str = "float32"
@@ -39,10 +42,17 @@ class PrecisionPolicy:
     logits: str = "float32"
     moments: str = "float32"
     master: str = "none"
+    rounding: str = "nearest"
+
+    def named(self) -> dict[str, str]:
+        """Every field that says something: to round to the nearest goes without saying."""
+        return {
+            key: value for key, value in dataclasses.asdict(self).items() if (key, value) != ("rounding", "nearest")
+        }
 
     def table(self) -> str:
         """One line a run prints: every field with its dtype."""
-        return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in dataclasses.fields(self))
+        return ", ".join(f"{name} {value}" for name, value in self.named().items())
 
 
 def resolve(
@@ -58,7 +68,8 @@ def resolve(
     """Fill every "auto" from the parameters' dtype.
 
     Compute and residual stream follow the parameters; norms, logits and moments are at least float32. 16-bit parameters
-    get float32 masters: a pure bfloat16 AdamW at lr 1e-5 changes only about 16 % of the weights.
+    get float32 masters: a pure bfloat16 AdamW at lr 1e-5 changes only about 16 % of the weights. `master` "stochastic":
+    no masters, updates rounded to bfloat16 at random without bias.
     """
     given = {
         "compute": (compute, parameters),
@@ -73,13 +84,21 @@ def resolve(
     for name, value in fields.items():
         if value not in BITS:
             raise unknown(f"dtype for {name}", value, ("auto", *BITS))
+    rounding = "nearest"
+    if master == "stochastic":
+        if parameters != "bfloat16":
+            raise UserError(
+                f"optimizer.master_weights=stochastic rounds updates to bfloat16, and the parameters are {parameters}. "
+                "Use model.dtype=bfloat16, or optimizer.master_weights=auto."
+            )
+        master, rounding = "none", "stochastic"
     if master == "auto":
         master = "float32" if BITS[parameters] < 32 else "none"
     if master not in ("none", *BITS):
-        raise unknown("dtype for master", master, ("auto", "none", *BITS))
+        raise unknown("dtype for master", master, ("auto", "none", "stochastic", *BITS))
     if master != "none" and BITS[master] < BITS[parameters]:
         raise UserError(
             f"Master weights in {master} are narrower than {parameters} parameters. "
             "Expected at least the parameters' width; use optimizer.master_weights=auto."
         )
-    return PrecisionPolicy(parameters=parameters, master=master, **fields)
+    return PrecisionPolicy(parameters=parameters, master=master, rounding=rounding, **fields)

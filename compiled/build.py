@@ -10,7 +10,7 @@ from typing import Any
 from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.artifact import pack
-from compiled.capture_parts import Optimizer
+from compiled.capture_update import Optimizer
 from compiled.groups import describe_optimizers
 from compiled.parallel import Report, lower_all
 from compiled.regions import RegionSpec

@@ -1,12 +1,11 @@
-"""The parts of the step that are not a stage: the head with its loss, and the optimizer's update.
+"""The part of the step that is not a stage: the head with its loss.
 
 The head computes logits a chunk of tokens at a time, so that full logits never exist; the program runs it once for
 each chunk. Loss = Σ grad_scale · CE (objective.py), and grad_scale comes in as a tensor: a divisor known to the trace
 would be baked in.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +14,6 @@ from backends.precision import PrecisionPolicy, as_torch
 from compiled.capture import Captured, Sources, capture_function
 from compiled.objective import hits_sum, loss_and_objective, loss_sum
 from compiled.stages import Stage, StagedModel, canonical_names, stage_of
-
-
-class Optimizer(Protocol):
-    """A pure update rule; every number that may change between runs is in `hyper`, a 0-d tensor each."""
-
-    @property
-    def key(self) -> str:
-        """Equal for two rules that trace to the same graph."""
-
-    @property
-    def hyperparameter_names(self) -> Sequence[str]: ...
-
-    def state_shapes(self, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
-        """State → shape, for a parameter of `shape`."""
-
-    def update_group(
-        self,
-        parameters: Mapping[str, Tensor],
-        gradients: Mapping[str, Tensor],
-        states: Mapping[str, Mapping[str, Tensor]],
-        hypers: Mapping[str, Mapping[str, Tensor]],
-    ) -> Mapping[str, tuple[Tensor, Mapping[str, Tensor]]]:
-        """New parameter and state of several tensors, by name."""
 
 
 class _Head(nn.Module):
@@ -134,79 +110,3 @@ def capture_head(
     evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss", "accuracy"])
     stage.module.train()
     return [train_region, evaluate_region]
-
-
-def capture_update(
-    name: str,
-    optimizers: Mapping[str, Optimizer],
-    parameters: dict[str, Tensor],
-    gradient_dtypes: dict[str, torch.dtype],
-    policy: PrecisionPolicy,
-    sources: Sources,
-    columns: int,
-    skips: bool = False,
-) -> Captured:
-    """The update of a group of parameters, each by its optimizer, in place, one region.
-
-    Inputs: `hyperparameters` [number of parameters, `columns`] (a row each, so that every parameter may have its own
-    rate and decay; the first columns are its optimizer's), `grad_coef` 0-d (clipping), then for each parameter p: p,
-    `grad_p`, `<state>_p`…, `master_p` if there is one. Arithmetic is done in at least float32; output: a copy of
-    grad_coef (a region must return something). `skips`: a grad_coef that is not finite leaves everything as it is.
-    """
-    with_master = policy.master != "none"
-    work = as_torch(policy.master) if with_master else accumulation_dtype(as_torch(policy.parameters))
-    inputs = {
-        "hyperparameters": sources.empty((len(parameters), columns), work),
-        "grad_coef": sources.empty((), work),
-    }
-    states = {each: optimizers[each].state_shapes(tuple(tensor.shape)) for each, tensor in parameters.items()}
-    mutated = []
-    for parameter_name, tensor in parameters.items():
-        inputs[parameter_name] = sources.like(tensor)
-        inputs[f"grad_{parameter_name}"] = sources.empty(tensor.shape, gradient_dtypes[parameter_name])
-        for state, shape in states[parameter_name].items():
-            inputs[f"{state}_{parameter_name}"] = sources.empty(shape, as_torch(policy.moments))
-        if with_master:
-            inputs[f"master_{parameter_name}"] = sources.empty(tensor.shape, as_torch(policy.master))
-        mutated += [parameter_name, *(f"{state}_{parameter_name}" for state in states[parameter_name])]
-        mutated += [f"master_{parameter_name}"] if with_master else []
-    rows = {parameter_name: row for row, parameter_name in enumerate(parameters)}
-
-    def update(*flat: Tensor) -> tuple[Tensor, ...]:
-        named = dict(zip(inputs, flat, strict=True))
-        applied = torch.isfinite(named["grad_coef"]) if skips else None
-        for optimizer, members in _by_optimizer(optimizers, parameters):
-            updated = optimizer.update_group(
-                {each: named[f"master_{each}" if with_master else each].to(work) for each in members},
-                {each: named[f"grad_{each}"].to(work) * named["grad_coef"] for each in members},
-                {each: {key: named[f"{key}_{each}"].to(work) for key in states[each]} for each in members},
-                {each: _numbers(optimizer, named["hyperparameters"], rows[each]) for each in members},
-            )
-            for each in members:
-                new_parameter, new_state = updated[each]
-                if applied is not None:
-                    # from the master where there is one: the parameter, its rounding, need not be read
-                    new_parameter = torch.where(
-                        applied, new_parameter, named[f"master_{each}" if with_master else each]
-                    )
-                for key, value in new_state.items():
-                    kept = named[f"{key}_{each}"]
-                    kept.copy_(value if applied is None else torch.where(applied, value, kept))
-                if with_master:
-                    named[f"master_{each}"].copy_(new_parameter)
-                named[each].copy_(new_parameter)
-        return (named["grad_coef"] + 0,)
-
-    return capture_function(name, update, inputs, ["done"], mutated)
-
-
-def _by_optimizer(optimizers: Mapping[str, Optimizer], names: Iterable[str]) -> list[tuple[Optimizer, list[str]]]:
-    """The names each optimizer updates together, in the order in which they come."""
-    found: dict[str, tuple[Optimizer, list[str]]] = {}
-    for name in names:
-        found.setdefault(optimizers[name].key, (optimizers[name], []))[1].append(name)
-    return list(found.values())
-
-
-def _numbers(optimizer: Optimizer, table: Tensor, row: int) -> dict[str, Tensor]:
-    return {key: table[row, column] for column, key in enumerate(optimizer.hyperparameter_names)}

@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from backends.precision import PrecisionPolicy, as_torch
+from backends.stochastic_rounding import COLUMNS
 from compiled.capture import Captured, Sources
-from compiled.capture_parts import Optimizer, accumulation_dtype, capture_update
+from compiled.capture_parts import accumulation_dtype
+from compiled.capture_update import Optimizer, UpdateCapture, totals_of
 from compiled.stages import Stage
 
 
@@ -94,18 +96,20 @@ def add_updates(
 ) -> list[dict[str, Any]]:
     """Capture the update of every distinct group; returns a schedule entry for each block, the head, the embedding.
 
-    `optimizers`: the rule of each trained parameter, by its full name. `skips`: as for `capture_update`.
+    `optimizers`: the rule of each trained parameter, by its full name. `skips`: as for `UpdateCapture`.
     """
     known: dict[str, dict[str, Any]] = {}
     entries = []
+    totals = totals_of(optimizers.values())
     columns = max((len(each.hyperparameter_names) for each in optimizers.values()), default=0)
+    columns += COLUMNS if policy.rounding == "stochastic" else 0
     ends = {"update_head": head_group(embed, head, chunks), "update_embed": embed_group(embed, head)}
     for label, group in [*((None, block_group(block)) for block in blocks), *ends.items()]:
         rules = {local: optimizers[full] for local, full in group.names.items()}
         kind = repr((group.shapes, group.direct, [rule.key for rule in rules.values()]))
         if kind not in known:
             label = label or f"update_{len(known)}"
-            known[kind] = _capture_group(regions, label, group, rules, policy, sources, columns, skips)
+            known[kind] = _capture_group(regions, label, group, rules, policy, sources, columns, totals, skips)
         entries.append(known[kind] | {"parameters": group.names})
     return entries
 
@@ -118,6 +122,7 @@ def _capture_group(
     policy: PrecisionPolicy,
     sources: Sources,
     columns: int,
+    totals: Sequence[tuple[str, str]],
     skips: bool,
 ) -> dict[str, Any]:
     """The regions of a group, and the shapes of its parameters' state."""
@@ -125,12 +130,15 @@ def _capture_group(
         return {"direct": None, "summed": None, "state": {}}
     state = {local: dict(rules[local].state_shapes(shape)) for local, shape in group.shapes.items()}
     tensors = {name: sources.empty(shape, as_torch(policy.parameters)) for name, shape in group.shapes.items()}
-    regions[label] = capture_update(label, rules, tensors, group.direct, policy, sources, columns, skips)
-    if group.summed == group.direct:
-        return {"direct": label, "summed": label, "state": state}
-    summed = f"{label}_summed"
-    regions[summed] = capture_update(summed, rules, tensors, group.summed, policy, sources, columns, skips)
-    return {"direct": label, "summed": summed, "state": state}
+    summed = label if group.summed == group.direct else f"{label}_summed"
+    entry: dict[str, Any] = {"direct": label, "summed": summed, "state": state}
+    wants_sums = any(rule.total_names for rule in rules.values())
+    for name, dtypes in {label: group.direct, summed: group.summed}.items():
+        capture = UpdateCapture(rules, tensors, dtypes, policy, sources, columns, totals, skips)
+        regions[name] = capture.update(name)
+        if wants_sums:
+            regions[f"total_{name}"] = capture.total(f"total_{name}")
+    return entry | ({"totals": {key: f"total_{entry[key]}" for key in ("direct", "summed")}} if wants_sums else {})
 
 
 def describe_optimizers(optimizers: Mapping[str, Optimizer], updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -140,5 +148,6 @@ def describe_optimizers(optimizers: Mapping[str, Optimizer], updates: Sequence[M
     return {
         "state": list(dict.fromkeys(name for state in states for name in state)),
         "hyperparameters": list(dict.fromkeys(numbers)),
+        "totals": [f"{key} {name}" for key, name in totals_of(optimizers.values())],
         "state_elements": sum(math.prod(shape) for state in states for shape in state.values()),
     }

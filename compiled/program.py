@@ -6,7 +6,7 @@ backward   block L-1 … block 0 → embed; as soon as a group's gradients are f
 reduce     a group's gradients are summed over the workers while the blocks below run backward
 update     a group at a time, in place
 
-Without clipping a group is updated as soon as it is summed, so that gradients never all live together.
+A group is updated as soon as it is summed, unless clipping or a rule that sums over all groups needs all gradients.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -95,7 +95,7 @@ class CompiledProgram:
         hyper = hyperparameters.to(self.device, non_blocking=True)
         wide = len(microbatches) > 1 or self.reducer.widens
         skips = self.spec["skips_nonfinite"]
-        gathers = skips or max_grad_norm is not None
+        gathers = skips or max_grad_norm is not None or self.updater.totals is not None
         self.measuring.start()
 
         def update(groups: Iterable[tuple[int, Gradients]], coefficient: Tensor) -> None:
@@ -126,6 +126,7 @@ class CompiledProgram:
                 max_value=max_grad_value,
                 loss=loss if skips else None,
             )
+            self.updater.total(gathered, hyper, verdict.coefficient, wide=wide)
             summed = iter(gathered)
         update(summed, verdict.coefficient)
         statistics.write(self.reducer, verdict.applied)

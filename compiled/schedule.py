@@ -14,7 +14,8 @@ from torch import Tensor
 from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.capture import Captured, Sources, capture_stage
-from compiled.capture_parts import Optimizer, capture_head, head_stage
+from compiled.capture_parts import capture_head, head_stage
+from compiled.capture_update import Optimizer
 from compiled.groups import add_updates, lookup_rows
 from compiled.spec import StepSpec
 from compiled.stages import Stage, StagedModel, make_stage, slots, structure

@@ -51,6 +51,9 @@ class Updater:
         work = master_dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)
         self.measuring = Unmeasured() if stats_every is None else self._measuring(model, stats_every)
         self.one = torch.ones((), dtype=work, device=self.device)
+        # what rules sum over all of their parameters before an update; None: no rule does
+        number = len(manifest["optimizer"]["totals"])
+        self.totals = torch.zeros(number, dtype=work, device=self.device) if number else None
 
     def _row_index(self, rows: list[int]) -> slice | Tensor:
         """The rows of the hyper-parameter table that belong to a group: a slice where they lie side by side."""
@@ -72,14 +75,35 @@ class Updater:
         if region is None:
             return
         if self.reducer.owns(group):
-            inputs = {"hyperparameters": hyperparameters[self._rows[group]], "grad_coef": coefficient}
-            for local, full in entry["parameters"].items():
-                inputs[local], inputs[f"grad_{local}"] = self.binding.tensors[full], gradients[full]
-                inputs |= {f"{state}_{local}": tensor for state, tensor in self.state[full].items()}
+            inputs = self._inputs(group, gradients, hyperparameters, coefficient)
             self.measuring.before_update(gradients)
-            self.binding.run(region, inputs)
+            self.binding.run(region, inputs if self.totals is None else inputs | {"totals": self.totals})
             self.measuring.after_update(gradients)
         self.reducer.publish(group, {full: self.binding.tensors[full] for full in entry["parameters"].values()})
+
+    def total(
+        self, gathered: Iterable[tuple[int, Gradients]], hyperparameters: Tensor, coefficient: Tensor, *, wide: bool
+    ) -> None:
+        """Sum over all groups and workers what this step's updates need, if anything; the gradients stay."""
+        if self.totals is None:
+            return
+        self.totals = torch.zeros_like(self.totals)
+        for group, gradients in gathered:
+            regions = self.groups[group].get("totals")
+            if regions is not None and self.reducer.owns(group):
+                inputs = self._inputs(group, gradients, hyperparameters, coefficient)
+                self.totals += self.binding.run(regions["summed" if wide else "direct"], inputs)["totals"]
+        if self.reducer.shards:
+            self.totals = self.reducer.sum_(self.totals)
+
+    def _inputs(
+        self, group: int, gradients: Gradients, hyperparameters: Tensor, coefficient: Tensor
+    ) -> dict[str, Tensor]:
+        inputs = {"hyperparameters": hyperparameters[self._rows[group]], "grad_coef": coefficient}
+        for local, full in self.groups[group]["parameters"].items():
+            inputs[local], inputs[f"grad_{local}"] = self.binding.tensors[full], gradients[full]
+            inputs |= {f"{state}_{local}": tensor for state, tensor in self.state[full].items()}
+        return inputs
 
     def norm(self, gathered: Iterable[Gradients]) -> Tensor:
         """The global norm of all groups' gradients, 0-d, the same on every worker."""

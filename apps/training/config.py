@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from apps.training.config_arguments import Assignment, choose_plugins, flatten, read_arguments
 from apps.training.config_help import help_text, names_note
-from apps.training.config_keys import keys_of, plugin_config, unknown_key
+from apps.training.config_keys import keys_of, plugin_config, plugin_packages, unknown_key
 from apps.training.config_rules import check_rules, with_rules_file
 from apps.training.config_schema import TrainConfig
 from apps.training.config_values import convert
@@ -56,7 +56,9 @@ def parse_dataclass(
     `notes` is text for the end of `--help`.
     """
     if any(argument in ("-h", "--help") for argument in argv):
-        print(help_text(schema, program or Path(sys.argv[0]).name, notes() if notes else ""))
+        outside = dict(item.split("=", 1) for item in argv if item.partition("=")[0] in plugin_packages(schema))
+        outside = {section: name for section, name in outside.items() if ":" in name}
+        print(help_text(schema, program or Path(sys.argv[0]).name, notes() if notes else "", outside))
         raise SystemExit(0)
     given = [*base, *read_arguments(argv, schema)]
     keys, given = choose_plugins(schema, given)

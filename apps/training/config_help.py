@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import textwrap
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, get_type_hints
 
@@ -13,8 +14,12 @@ from apps.training.config_keys import Key, keys_of, plugin_config
 COLUMN = 50  # where the lines of help start
 
 
-def help_text(schema: type, program: str, notes: str = "") -> str:
-    """The whole help of a program whose settings are the dataclass `schema`."""
+def help_text(schema: type, program: str, notes: str = "", outside: Mapping[str, str] | None = None) -> str:
+    """The whole help of a program whose settings are the dataclass `schema`.
+
+    `outside`: section → a plugin from outside, `package.module:Class`, whose settings are shown too.
+    """
+    outside = outside or {}
     keys = keys_of(schema)
     required = [f"{key.path}={key.type_name if key.choices else '…'}" for key in keys.values() if _is_required(key)]
     free = any(field.metadata.get("free") for field in dataclasses.fields(schema))
@@ -23,7 +28,7 @@ def help_text(schema: type, program: str, notes: str = "") -> str:
         f"usage: {program} {' '.join([*required, *optional])}",
         inspect.cleandoc(schema.__doc__ or ""),
         "\n".join(_line(key) for key in keys.values() if "." not in key.path),
-        *(_section(schema, field.name) for field in dataclasses.fields(schema)),
+        *(_section(schema, field.name, outside.get(field.name)) for field in dataclasses.fields(schema)),
         "Settings come from the defaults, then from config=FILE.yaml, then from the command line. key=null unsets one.",
         notes,
     ]
@@ -38,7 +43,7 @@ def names_note() -> str:
     )
 
 
-def _section(schema: type, name: str) -> str:
+def _section(schema: type, name: str, outside: str | None) -> str:
     """The lines of one section; "" for a field that is none."""
     kind: Any = get_type_hints(schema)[name]
     if not dataclasses.is_dataclass(kind):
@@ -49,7 +54,7 @@ def _section(schema: type, name: str) -> str:
     keys = keys_of(kind, prefix=f"{name}.")  # type: ignore[arg-type]
     lines += [_line(keys[f"{name}.{field}"]) for field in own]
     for package in packages:
-        for plugin in import_module(package).available():
+        for plugin in (*import_module(package).available(), *([outside] if outside else [])):
             lines += ["", f"{name}={plugin}"]
             lines += [_line(key) for key in keys_of(plugin_config(package, plugin), prefix=f"{name}.").values()]
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from apps.training.eager_update import make_updates
 from apps.training.parameter_groups import ParameterGroup, parameter_groups
 from backends.precision import BITS, PrecisionPolicy, as_torch
 from backends.state import CollectedState, collect_state, require_calibrated, set_first_row
+from backends.stochastic_rounding import COLUMNS, key_of, round_to_bfloat16
 from compiled.measuring import Measuring, Unmeasured
 from compiled.reduction import OneWorker, Reducer
 
@@ -66,6 +67,7 @@ class EagerProgram:
         self.logits_dtype = as_torch(precision.logits)
         self.moments_dtype = as_torch(precision.moments)
         self.has_masters = precision.master != "none"
+        self.is_stochastic = precision.rounding == "stochastic"
         widths = ["float32", precision.parameters, precision.moments]
         self.arithmetic = as_torch(
             max([*widths, precision.master] if self.has_masters else widths, key=BITS.__getitem__)
@@ -122,7 +124,7 @@ class EagerProgram:
         rows = {name: hyperparameters[row] for name, row in self.row_of.items()}
         for update in self.updates:
             update.step(gradients, rows)
-        self._store()
+        self._store(rows)
 
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
         """Forward passes of one step that let the backends see their ranges; nothing else changes."""
@@ -222,12 +224,15 @@ class EagerProgram:
             layer.get_buffer(name).copy_(value)
 
     @torch.no_grad()
-    def _store(self) -> None:
+    def _store(self, rows: Mapping[str, Tensor]) -> None:
         """Write the wider copies back, rounding whatever the policy stores in a narrower dtype."""
         for name, parameter in self.parameters.items():
             weight = self.weights[name]
             if weight is not parameter:
-                parameter.copy_(weight)
+                rounded = weight
+                if self.is_stochastic:
+                    rounded = round_to_bfloat16(weight, key_of(rows[name][-COLUMNS:]))
+                parameter.copy_(rounded)
                 if not self.has_masters:
                     weight.copy_(parameter)
         if self.moments_dtype != self.arithmetic:

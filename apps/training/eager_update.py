@@ -114,14 +114,18 @@ class PureUpdates:
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
-        for group in self.groups:
+        hypers = [
+            {key: self._number(list(group.shapes), value) for key, value in _numbers(group, rows).items()}
+            for group in self.groups
+        ]
+        totals = self._totals(gradients, hypers)
+        for group, hyper in zip(self.groups, hypers, strict=True):
             names = list(group.shapes)
-            hyper = {key: self._number(names, value) for key, value in _numbers(group, rows).items()}
             updated = group.rule.update_group(
                 {name: self.weights[name].detach() for name in names},
                 {name: gradients[name] for name in names},
                 {name: self.state[name] for name in names},
-                dict.fromkeys(names, hyper),
+                dict.fromkeys(names, hyper | totals.get(group.rule.key, {})),
             )
             for name in names:
                 weight, state = updated[name]
@@ -131,6 +135,19 @@ class PureUpdates:
 
     def skip(self) -> None:
         pass  # the steps are counted in the numbers
+
+    def _totals(
+        self, gradients: Mapping[str, Tensor], hypers: Sequence[Mapping[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """By rule, what it sums over all of its parameters."""
+        sums: dict[str, dict[str, Tensor]] = {}
+        for group, hyper in zip(self.groups, hypers, strict=True):
+            found = sums.setdefault(group.rule.key, {})
+            for name in group.shapes if group.rule.total_names else ():
+                weight = self.weights[name].detach()
+                for key, share in group.rule.totals(weight, gradients[name], self.state[name], hyper).items():
+                    found[key] = found.get(key, 0) + share
+        return sums
 
     def _number(self, names: Iterable[str], value: float) -> Tensor:
         weight = self.weights[next(iter(names))]

@@ -51,7 +51,7 @@ def estimate(
     `state_tensors`: numbers of optimizer state for each trained parameter. `wide_gradients`: they are summed in at
     least float32 (over microbatches, or for masters) rather than kept in the parameters' dtype.
     """
-    width = {name: BITS[dtype] // 8 for name, dtype in asdict(precision).items() if dtype != "none"}
+    width = {name: BITS[dtype] // 8 for name, dtype in asdict(precision).items() if dtype in BITS}
     gradient = max(width["parameters"], 4) if wide_gradients else width["parameters"]
     trained = num_parameters if num_trained is None else num_trained
     return MemoryEstimate(

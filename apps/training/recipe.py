@@ -23,6 +23,7 @@ class Recipe:
     max_grad_norm: float | None
     max_grad_value: float | None = None
     max_nonfinite_steps: int = 0  # in a row, then the run ends; 0: no update can be skipped
+    rounding_seed: int | None = None  # of stochastic rounding, where there is any
 
 
 def make_recipe(config: TrainConfig, groups: Sequence[ParameterGroup], total_steps: int) -> Recipe:
@@ -34,6 +35,7 @@ def make_recipe(config: TrainConfig, groups: Sequence[ParameterGroup], total_ste
         rate=lambda step, peak: learning_rate(step, total_steps, peak, schedule.settings),
         peak=config.optimizer.settings.lr,
         max_grad_norm=config.training.max_grad_norm,
+        rounding_seed=config.training.seed if config.precision.rounding == "stochastic" else None,
         max_grad_value=config.training.max_grad_value,
         max_nonfinite_steps=config.training.max_nonfinite_steps,
     )

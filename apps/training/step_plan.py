@@ -22,8 +22,8 @@ from apps.training.config_yaml import written
 from apps.training.lora import add_updates, spec_fields
 from apps.training.loss import loss_terms
 from apps.training.optimizers import Optimizer
-from apps.training.parameter_groups import ParameterGroup, parameter_groups, rules_of
-from backends import layers, lora, state
+from apps.training.parameter_groups import ParameterGroup, groups_table, parameter_groups, rules_of
+from backends import layers, lora, state, stochastic_rounding
 from backends.errors import UserError
 from backends.kernels import dither
 from backends.lora import Lora
@@ -79,6 +79,11 @@ class StepPlan:
         return rules_of(self.groups)
 
     @property
+    def tables(self) -> str:
+        """What computes which layer, and what updates which parameter, for a report."""
+        return f"{self.routing.table()}\n\nParameter groups:\n{groups_table(self.groups)}"
+
+    @property
     def num_trained(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
@@ -111,7 +116,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         routing=_routing_fields(routing),
         batch_size=config.training.batch_size,
         max_seq_length=config.model.max_seq_length,
-        precision=_precision_fields(config.precision),
+        precision=config.precision.named(),
         article_attention=config.model.article_attention,
         head_chunks=head_chunks(config.compile.head_chunks, tokens, model_config.vocab_size, kind),
         optimizer=_optimizer_fields(config.optimizer.name, groups),
@@ -256,10 +261,6 @@ def _rule_fingerprint(rule: Optimizer) -> str:
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in sorted(files))).hexdigest()[:12]
 
 
-def _precision_fields(precision: PrecisionPolicy) -> dict[str, str]:
-    return {name: getattr(precision, name) for name in type(precision).__dataclass_fields__}
-
-
 def _source_fingerprint() -> str:
     """Of the code that makes graphs (zoo, compile room, the layers that call a backend): another one, other artifacts.
 
@@ -267,5 +268,5 @@ def _source_fingerprint() -> str:
     """
     folders = [Path(module.__path__[0]) for module in (modelzoo, compiled)]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    files += [Path(str(module.__file__)) for module in (layers, lora, state, dither)]
+    files += [Path(str(module.__file__)) for module in (layers, lora, state, stochastic_rounding, dither)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]

@@ -204,7 +204,12 @@ class Trainer:
         recipe = self.recipe
         lr = recipe.rate(step, recipe.peak)
         table = hyperparameter_table(
-            self.names, recipe.groups, step=step, rate=lambda peak: recipe.rate(step, peak), dtype=self.update_dtype
+            self.names,
+            recipe.groups,
+            step=step,
+            rate=lambda peak: recipe.rate(step, peak),
+            dtype=self.update_dtype,
+            rounding_seed=recipe.rounding_seed,
         )
         result = self.program.train_step(
             microbatches(

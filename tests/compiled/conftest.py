@@ -72,9 +72,14 @@ class Compiled:
         return batch
 
     def hyperparameters(self, model: Any, step: int, lr: float = 1e-3) -> Tensor:
+        """The numbers of a step at the same rate for all parameters."""
+        return self.table(model, step, lambda peak: lr)
+
+    def table(self, model: Any, step: int, rate: Callable[[float], float]) -> Tensor:
         work = torch.float64 if self.plan.precision.parameters == "float64" else torch.float32
         names = [name for name, _ in model.named_parameters()]
-        return hyperparameter_table(names, self.plan.groups, step=step, rate=lambda peak: lr, dtype=work)
+        seed = 5 if self.plan.precision.rounding == "stochastic" else None
+        return hyperparameter_table(names, self.plan.groups, step=step, rate=rate, dtype=work, rounding_seed=seed)
 
 
 Compile = Callable[..., Compiled]

@@ -73,8 +73,9 @@ def build(settings: list[str], artifact: str, reducer: Reducer) -> tuple[StepPla
 
 
 def table(plan: StepPlan, model: Any, step: int) -> Tensor:
+    seed = 5 if plan.precision.rounding == "stochastic" else None
     names, dtype = [name for name, _ in model.named_parameters()], as_torch(plan.precision.moments)
-    return hyperparameter_table(names, plan.groups, step=step, rate=lambda peak: 1e-3, dtype=dtype)
+    return hyperparameter_table(names, plan.groups, step=step, rate=lambda peak: 1e-3, dtype=dtype, rounding_seed=seed)
 
 
 def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def run_identity(config: TrainConfig, plan: StepPlan, dataset: Dataset, rows_per
     rows = json.dumps(dict(dataset.metadata), sort_keys=True, default=str).encode()
     return {
         "model": spec.model | {"max_seq_length": spec.max_seq_length, "article_attention": spec.article_attention},
-        "optimizer": {"name": config.optimizer.name},
+        "optimizer": {"name": config.optimizer.name} | _rules(spec.optimizer),
         "precision": spec.precision,
         "routing": spec.routing,
         "lora": spec.lora,
@@ -47,6 +47,12 @@ def run_identity(config: TrainConfig, plan: StepPlan, dataset: Dataset, rows_per
         "dataset": f"{dataset.num_train_rows} rows, metadata {hashlib.sha256(rows).hexdigest()[:12]}",
         "global_batch_size": rows_per_step,
     }
+
+
+def _rules(optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Which rule updates what, where there are several: their state is of different shapes."""
+    rules = {key: fields["parameters"] for key, fields in optimizer.get("rules", {}).items()}
+    return {"rules": rules} if rules else {}
 
 
 @dataclass(frozen=True)

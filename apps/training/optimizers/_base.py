@@ -62,6 +62,17 @@ class Optimizer:
         """
         raise NotImplementedError
 
+    @property
+    def total_names(self) -> tuple[str, ...]:
+        """Sums over all parameters of the rule, in every block, that an update needs first: more names in `hyper`."""
+        return ()
+
+    def totals(
+        self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """One parameter's share of the sums, 0-d each; `total_names` → value."""
+        raise NotImplementedError
+
     def update(
         self, parameter: Tensor, gradient: Tensor, state: Mapping[str, Tensor], hyper: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from apps.training.parameter_groups import group_parameters
 from backends.precision import PrecisionPolicy, resolve
 from compiled import lowering
 from compiled.capture import Captured, Sources
-from compiled.capture_parts import capture_update
+from compiled.capture_update import capture_update
 from tests.compiled.interpreted import assert_close, run
 
 SHAPES = {"weight": (3, 4), "bias": (4,)}
