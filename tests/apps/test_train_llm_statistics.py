@@ -122,3 +122,13 @@ def test_two_workers_report_the_numbers_of_one_and_only_the_first_reports(
         for name, value in numbers(ours).items():
             # inner products are small beside the lengths of their sides; Adam magnifies the rounding of tiny gradients
             assert value == pytest.approx(expected[name], rel=2e-3, abs=2e-4), (ours["step"], name)
+
+
+def test_a_skipped_update_is_none_and_what_was_not_finite_is_counted(settings: dict[str, str], tmp_path: Path) -> None:
+    explode = {"optimizer__lr": "1e30", "training__max_grad_norm": "null", "training__max_nonfinite_steps": "2"}
+    assert run(settings, logging__stats_every="1", **explode, **MEASURED) == 1
+    *_, row = table(tmp_path / "out")
+    assert float(row["grad_nonfinite/all"]) > 0
+    assert float(row["update_l1/all"]) == 0.0
+    assert not math.isfinite(float(row["grad_l2/all"]))
+    assert math.isfinite(float(row["sum_dot_last_grad/all"]))
