@@ -45,10 +45,13 @@ class BackendLinear(Stateful, nn.Linear):
         linear.set_backend(default_backend())
         return linear
 
-    def set_backend(self, backend: Backend) -> None:
-        """Compute with `backend` from now on. Its state starts afresh; weights change only if it stores other ones."""
+    def set_backend(self, backend: Backend, parameters: Mapping[str, Tensor] | None = None) -> None:
+        """Compute with `backend` from now on. Its state starts afresh; weights change only if it stores other ones.
+
+        `parameters`: what it is to store, instead of what it would make of the weight.
+        """
         if self.stored is None:
-            self._store_parameters_of(backend)
+            self._store_parameters_of(backend, parameters)
         elif backend != self.backend:
             raise UserError(
                 f"This layer already stores {', '.join(self.stored)} for backend {self.backend}, so it cannot "
@@ -78,11 +81,22 @@ class BackendLinear(Stateful, nn.Linear):
         scale = self.lora_alpha / self.lora_A.shape[0]
         return (self.weight.to(wide) + scale * update).to(self.compute_dtype or self.weight.dtype)
 
+    def hold_weight(self, weight: Tensor) -> None:
+        """Store a plain weight [out, in] again, computed by `dense`, in place of what a backend had; a bias stays."""
+        assert self.stored is not None
+        trained = next(self.parameters()).requires_grad
+        for name in self.stored:
+            if name != "bias":
+                delattr(self, name)
+        self.stored = None
+        self.weight = nn.Parameter(weight, requires_grad=trained)
+        self.set_backend(default_backend())
+
     def extra_repr(self) -> str:
         rank = "" if self.lora_alpha is None else f", lora={self.lora_A.shape[0]}"
         return f"{super().extra_repr()}, backend={self.backend}{rank}"
 
-    def _store_parameters_of(self, backend: Backend) -> None:
+    def _store_parameters_of(self, backend: Backend, given: Mapping[str, Tensor] | None) -> None:
         shapes = backend.parameter_spec(self.in_features, self.out_features, self.bias is not None)
         if shapes is None:
             return
@@ -92,9 +106,10 @@ class BackendLinear(Stateful, nn.Linear):
                 f"{', '.join(shapes)} instead of a weight. Merge the update first, or use another backend."
             )
         bias = None if self.bias is None else self.bias.detach()
-        tensors = backend.initial_parameters(self.weight.detach(), bias)
+        tensors = backend.initial_parameters(self.weight.detach(), bias) if given is None else given
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # as regions expect parameters
         made = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        assert made == shapes, f"{backend}: initial_parameters gave {made}, parameter_spec says {shapes}"
+        assert made == shapes, f"{backend}: parameters of {made}, parameter_spec says {shapes}"
         trained = self.weight.requires_grad
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)

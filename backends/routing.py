@@ -49,7 +49,10 @@ class Plan:
 
     def to_json(self) -> list[dict[str, Any]]:
         """What an artifact's manifest stores: rows with the backend's name, options and source fingerprint."""
-        total = sum(layer.flops_per_token for layer in self.layers.values()) or 1.0
+        flops = {
+            route: sum(self.layers[name].flops_with(route.backend) for name in route.layers) for route in self.routes
+        }
+        total = sum(flops.values()) or 1.0
         rows = []
         for route in self.routes:
             infos = [self.layers[name] for name in route.layers]
@@ -61,8 +64,8 @@ class Plan:
                     "backend": backend_text(route.backend),
                     "fingerprint": route.backend.fingerprint(),
                     "layers": list(route.layers),
-                    "parameters": sum(info.parameters for info in infos),
-                    "flops_share": sum(info.flops_per_token for info in infos) / total,
+                    "parameters": sum(info.parameters_with(route.backend) for info in infos),
+                    "flops_share": flops[route] / total,
                 }
             )
         return rows
@@ -91,6 +94,10 @@ def plan(
         routes.append(Route(rule.pattern, backend, taken))
         for name in taken:
             del left[name]
+    for backend in dict.fromkeys(info.stored_for for info in left.values() if info.stored_for is not None):
+        kept = tuple(name for name, info in left.items() if info.stored_for == backend)
+        routes.append(Route("(as stored)", backend, kept))
+        left = {name: info for name, info in left.items() if name not in kept}
     fallback, dense = _backend_of(Rule.of_default(default)), load("dense")
     # Where anything leaves dense, a head that stays gets a row of its own, so that the table shows it.
     apart = any(row.backend != dense for row in routes) or fallback != dense
@@ -168,6 +175,8 @@ def _linear_info(layer: nn.Linear) -> LayerInfo:
         out_features=layer.out_features,
         parameters=sum(parameter.numel() for parameter in layer.parameters()),
         flops_per_token=2.0 * layer.in_features * layer.out_features,
+        bias=layer.bias is not None,
+        stored_for=layer.backend if isinstance(layer, BackendLinear) and layer.stored is not None else None,
     )
 
 

@@ -11,12 +11,16 @@ kind of layer. The language-model head (any layer with `lm_head` in its path) is
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from backends.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from backends.base import Backend
 
 HEAD = "lm_head"
 Kind = Literal["linear", "attention"]
@@ -28,13 +32,31 @@ FORM = "Expected {match: PATTERN, use: BACKEND, option: value, ...}."
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInfo:
-    """What a plan needs to know of a layer; `flops_per_token` of its products in the forward, in dense arithmetic."""
+    """What a plan needs to know of a layer; `flops_per_token` of its products in the forward, in dense arithmetic.
+
+    `stored_for`: the backend whose parameters a linear layer holds in place of a weight; it cannot change to another.
+    """
 
     kind: Kind
     in_features: int
     out_features: int
     parameters: int
     flops_per_token: float
+    bias: bool = False
+    stored_for: Backend | None = None
+
+    def parameters_with(self, backend: Backend) -> int:
+        """Numbers that the layer holds when `backend` computes it."""
+        if self.kind == "attention" or self.stored_for is not None:
+            return self.parameters
+        spec = backend.parameter_spec(self.in_features, self.out_features, self.bias)
+        return self.parameters if spec is None else sum(math.prod(shape) for shape in spec.values())
+
+    def flops_with(self, backend: Backend) -> float:
+        """FLOPs of a token when `backend` computes the layer."""
+        if self.kind == "attention":
+            return self.flops_per_token
+        return backend.cost(1, self.in_features, self.out_features).flops
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from backends.errors import UserError
 from backends.precision import as_torch
 from backends.seeding import generator_of
 from backends.state import reset_state
 from modelzoo.configuration_transformer import ConfigurationTransformer
+from modelzoo.stored_layers import FIELD, restore
 
 
 def build_meta(config: Any, dtype: torch.dtype | str = torch.float32) -> Any:
@@ -24,7 +26,9 @@ def build_meta(config: Any, dtype: torch.dtype | str = torch.float32) -> Any:
     config = copy.deepcopy(config)  # transformers writes into the config that it builds from
     config.dtype = dtype
     with torch.device("meta"), _default_dtype(dtype):
-        return model_class(config)
+        model = model_class(config)
+        restore(model, config)
+    return model
 
 
 def build_model(
@@ -42,6 +46,8 @@ def build_model(
     dtype has the same weights, rounded. At most one parameter is held twice. `progress(done, total)` is called with
     numbers drawn.
     """
+    if getattr(config, FIELD, None):
+        raise UserError(f"This config tells of {FIELD}: it has to start from the weights of its own folder.")
     model = build_meta(config, dtype)
     parameters = dict(model.named_parameters())
     total, done = sum(parameter.numel() for parameter in parameters.values()), 0

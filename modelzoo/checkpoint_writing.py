@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from backends.errors import UserError
+from modelzoo import stored_layers
 from modelzoo.folder_exchange import exchange, sync
 
 TOKENIZER_FILES = (
@@ -53,6 +54,8 @@ def save_model(
     max_shard_size: int | str = "5GB",
 ) -> Path:
     """Write `model` as `AutoModelForCausalLM.from_pretrained(folder)` reads it without this project; return the folder.
+
+    A model some of whose layers hold other parameters than a weight is the exception: see modelzoo.stored_layers.
 
     `tokenizer`: a folder to copy the tokenizer's files from, or an object with save_pretrained. Everything is written
     beside `folder`, flushed to the disk and then exchanged for it: until then an earlier checkpoint there is untouched.
@@ -100,6 +103,10 @@ def _write_configs(model: PreTrainedModel, folder: Path) -> None:
     config, generation = copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
+    if told := stored_layers.describe(model):
+        setattr(config, stored_layers.FIELD, told)
+    elif hasattr(config, stored_layers.FIELD):  # expanded since it was read
+        delattr(config, stored_layers.FIELD)
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         _follow_tokenizer(config, generation, folder)
     config.save_pretrained(folder)

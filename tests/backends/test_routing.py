@@ -132,7 +132,7 @@ def test_the_json_holds_backend_options_fingerprint_and_layers():
 def test_layer_infos_count_parameters_and_the_flops_of_the_products():
     up = LAYERS["layers.0.mlp.up_proj"]
     assert up == LayerInfo(
-        kind="linear", in_features=8, out_features=16, parameters=8 * 16 + 16, flops_per_token=2 * 8 * 16
+        kind="linear", in_features=8, out_features=16, parameters=8 * 16 + 16, flops_per_token=2 * 8 * 16, bias=True
     )
     attention = LAYERS["layers.0.self_attn"]
     # A token attends 8 of 16 tokens on average; two products of 2 heads × 4, two operations a multiply-add.

@@ -151,8 +151,9 @@ def test_values_are_clipped_in_place_and_nan_stays() -> None:
     clip_values({}, 1.0)
 
 
-def test_bfloat16_parameters_and_masters_are_left_alone_too(plan_of: PlanOf) -> None:
-    plan = plan_of("model.dtype=bfloat16", SKIPS)
+@pytest.mark.parametrize("masters", ["float32", "stochastic"])
+def test_bfloat16_parameters_are_left_alone_with_masters_and_without(plan_of: PlanOf, masters: str) -> None:
+    plan = plan_of("model.dtype=bfloat16", SKIPS, f"optimizer.master_weights={masters}")
     step = Compiled(plan, InterpretedArtifact(plan), [])
     model = step.model()
     program = step.program(model)

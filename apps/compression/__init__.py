@@ -1,0 +1,1 @@
+"""The parts of apps/compress_llm.py."""

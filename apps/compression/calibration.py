@@ -1,0 +1,70 @@
+"""The data of a compression: train rows to take moments over, and the dev split to judge it on."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.compression.settings import CompressSettings
+from apps.parity.forward import logits_of, loss_of
+from apps.training.data.loader import TrainLoader, dev_batches
+from apps.training.data.prepare import default_dataset
+from apps.training.data.storage import Dataset, open_dataset
+from apps.training.loss import make_batch, microbatches
+from apps.training.progress import Progress
+from apps.training.workers.group import Workers
+from backends.precision import as_torch, at_least_float32
+
+
+def find_data(settings: CompressSettings, vocab_size: int, workers: Workers) -> Dataset:
+    """The dataset that the settings name, or the embedded corpus' (made by the first worker). Raises UserError."""
+    folder = settings.compress.calibration
+    if folder is None:
+        if workers.is_first:
+            folder = str(default_dataset(settings.max_seq_length, vocab_size))
+        folder = workers.broadcast_text(folder or "")
+    return open_dataset(
+        Path(folder),
+        max_seq_length=settings.max_seq_length,
+        vocab_size=vocab_size,
+        batch_size=settings.batch_size * workers.world_size,
+        evaluate=settings.evaluate,
+    )
+
+
+def calibration_batches(
+    dataset: Dataset, settings: CompressSettings, workers: Workers, device: torch.device
+) -> list[dict[str, Any]]:
+    """This worker's share of the first batches that hold `compress.tokens`, as the model is called with them."""
+    loader = TrainLoader(
+        dataset,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        rank=workers.rank,
+        world_size=workers.world_size,
+    )
+    per_batch = settings.batch_size * settings.max_seq_length * workers.world_size
+    rows = islice(iter(loader), max(1, math.ceil(settings.compress.tokens / per_batch)))
+    batches = (make_batch(each, article_attention=False).input_ids for each in rows)
+    return [{"input_ids": ids.to(device), "use_cache": False} for ids in batches]
+
+
+@torch.no_grad()
+def perplexity(model: Any, dataset: Dataset, settings: CompressSettings, device: torch.device, label: str) -> float:
+    """exp of the mean loss over the counted positions of the dev split."""
+    total, counted = 0.0, 0
+    dtype = as_torch(at_least_float32(model.precision.logits))
+    num_batches = -(-dataset.num_dev_rows // settings.batch_size)
+    with Progress(num_batches, label, "batches", mode=settings.progress) as progress:
+        for rows in dev_batches(dataset, settings.batch_size):
+            batch = make_batch(rows, article_attention=False)
+            (tensors,) = microbatches([batch], device=device, dtype=dtype)
+            total += float(loss_of(logits_of(model, tensors), tensors)) * batch.num_counted
+            counted += batch.num_counted
+            progress.update()
+    loss = total / max(counted, 1)
+    return math.exp(loss) if loss < 700 else math.inf

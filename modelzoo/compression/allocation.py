@@ -1,0 +1,96 @@
+"""How many ranks each layer gets of one budget of numbers."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from backends.errors import UserError
+from backends.ranks import break_even, rank_for
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A linear layer as ranks see it."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def dense(self) -> int:
+        """Numbers of the matrix itself."""
+        return self.in_features * self.out_features
+
+    @property
+    def per_rank(self) -> int:
+        """Numbers that one rank takes."""
+        return self.in_features + self.out_features
+
+    @property
+    def most(self) -> int:
+        """The highest rank that is worth having: two factors of the next one are no smaller than the matrix."""
+        return break_even(self.in_features, self.out_features) - 1
+
+
+Ranks = dict[str, int | None]  # None: the layer stays dense
+
+
+def require_keep(keep: float) -> None:
+    """UserError unless `keep` is a share."""
+    if not 0 < keep <= 1:
+        raise UserError(
+            f"compress.keep={keep:g}. Expected the share of the layers' numbers to keep: above 0, at most 1."
+        )
+
+
+def given_ranks(shapes: Mapping[str, LayerShape], ranks: Mapping[str, int]) -> Ranks:
+    """The ranks asked for, by full layer name; from the break-even on a layer stays dense."""
+    return {name: rank if rank <= shapes[name].most else None for name, rank in ranks.items()}
+
+
+def uniform_ranks(shapes: Mapping[str, LayerShape], keep: float) -> Ranks:
+    """The share `keep` of every layer's numbers."""
+    require_keep(keep)
+    if keep == 1:
+        return dict.fromkeys(shapes)
+    return {name: rank_for(keep, shape.in_features, shape.out_features) for name, shape in shapes.items()}
+
+
+def spectrum_ranks(shapes: Mapping[str, LayerShape], spectra: Mapping[str, Tensor], keep: float) -> Ranks:
+    """Ranks that together hold the share `keep` of all layers' numbers, each where it removes most error per number.
+
+    A layer's error counts relative to what its outputs vary at all, Σ_{i>k} λ_i / Σ λ_i. Eigenvalues fall, so taking
+    the best next rank again and again gives the least sum of errors for the budget. A layer whose next rank would be as
+    dear as the matrix becomes dense, if the rest of the budget pays for that, and stops otherwise.
+    """
+    require_keep(keep)
+    if keep == 1:
+        return dict.fromkeys(shapes)
+    budget = int(keep * sum(shape.dense for shape in shapes.values()))
+    ranks: Ranks = dict.fromkeys(shapes, 1)
+    budget -= sum(shape.per_rank for shape in shapes.values())
+    totals = {name: max(float(spectrum.sum()), 1e-300) for name, spectrum in spectra.items()}
+
+    def gain(name: str, rank: int) -> float:
+        values = spectra[name]
+        return float(values[rank]) / totals[name] / shapes[name].per_rank if rank < len(values) else 0.0
+
+    queue = [(-gain(name, 1), name) for name in shapes]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        rank, shape = ranks[name], shapes[name]
+        assert rank is not None
+        if rank >= shape.most:
+            price = shape.dense - rank * shape.per_rank
+            if price <= budget and rank < len(spectra[name]) and float(spectra[name][rank:].sum()) > 0:
+                ranks[name], budget = None, budget - price
+            continue
+        if shape.per_rank > budget:
+            continue
+        ranks[name], budget = rank + 1, budget - shape.per_rank
+        heapq.heappush(queue, (-gain(name, rank + 1), name))
+    return ranks

@@ -1,0 +1,196 @@
+"""Replace a model's linear layers by low-rank ones, block after block, each seeing its compressed predecessors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from backends import load
+from backends.errors import UserError, unknown
+from backends.layers import BackendLinear
+from backends.lora import matching_linears
+from modelzoo.compression.allocation import LayerShape, Ranks, given_ranks, spectrum_ranks, uniform_ranks
+from modelzoo.compression.methods import METHODS, Factors, compress, measured_error, principal_outputs
+from modelzoo.compression.moments import Moments
+from modelzoo.compression.streaming import Batch, BlockInputs, blocks_of, linears_of, moments_of
+
+Sum = Callable[[Tensor], Tensor]
+# layers and their ranks, by name → factors of each
+Learned = Callable[[Mapping[str, nn.Linear], Mapping[str, int]], dict[str, Factors]]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: its rank (None: dense), E|y − ŷ|² as promised and as measured, and E|y − E[y]|², what y varies."""
+
+    name: str
+    shape: LayerShape
+    rank: int | None
+    predicted: float
+    measured: float
+    variance: float
+    spectrum: Tensor
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of the layer's matrices now."""
+        return self.shape.dense if self.rank is None else self.rank * self.shape.per_rank
+
+
+@torch.no_grad()
+def compress_model(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    method: str = "mimic",
+    keep: float | None = None,
+    ranks: Mapping[str, int] | None = None,
+    allocation: Literal["uniform", "spectrum"] = "uniform",
+    match: str | Sequence[str] | None = None,
+    inputs: Literal["compressed", "dense"] = "compressed",
+    learned: Learned | None = None,
+    sum_: Sum = lambda tensor: tensor,
+    on_layer: Callable[[LayerReport], None] = lambda report: None,
+) -> list[LayerReport]:
+    """Compress the linear layers of the model's blocks in place; a report of each, in the model's order.
+
+    `batches`: what the model is called with, at least one; read once, or twice for `allocation="spectrum"`. `ranks`
+    gives ranks by layer name or its end (`q_proj`); else `keep` is the share of the numbers to stay. `match`: which
+    layers, None: all of the blocks. `inputs`: whether a block's moments are those behind its compressed predecessors or
+    behind the dense ones. `learned` makes all factors beforehand, in place of `method`. `sum_` adds up a tensor over
+    the workers of a job, each with batches of its own. Plain nn.Linear layers become `BackendLinear` with the backend
+    lowrank. A UserError before the first block is replaced leaves the model as it was.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, tuple(METHODS))
+    blocks = blocks_of(model)
+    layers = _layers(model, blocks, tuple(ranks) if ranks is not None else match)
+    shapes = {name: LayerShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        chosen = _choose(model, blocks, shapes, batches, keep, ranks, allocation, sum_)
+        ready = {} if learned is None else learned(layers, {name: rank for name, rank in chosen.items() if rank})
+        stream = BlockInputs(model, next(iter(blocks.values())), batches)
+        reports = []
+        for path, block in blocks.items():
+            mine = linears_of(block, path, tuple(shapes))
+            with moments_of(mine) as moments:
+                if inputs == "dense":
+                    stream.advance(block)
+                else:
+                    for _ in stream.outputs(block):
+                        pass
+            _add_up(moments, sum_)
+            for name, layer in mine.items():
+                rank = chosen[name]
+                if rank is None:
+                    factors = None
+                elif name in ready:
+                    factors = ready[name]
+                else:
+                    factors = compress(method, layer.weight, layer.bias, moments[name], rank)
+                reports.append(_replace(name, layer, moments[name], factors))
+                on_layer(reports[-1])
+            if inputs == "compressed":
+                stream.advance(block)
+    finally:
+        model.train(was_training)
+    return reports
+
+
+def spectra_of(
+    model: nn.Module, blocks: Mapping[str, nn.Module], names: Sequence[str], batches: Iterable[Batch], sum_: Sum
+) -> dict[str, Tensor]:
+    """The eigenvalues of each layer's output covariance, falling, on the dense model."""
+    stream = BlockInputs(model, next(iter(blocks.values())), batches)
+    spectra = {}
+    for path, block in blocks.items():
+        mine = linears_of(block, path, names)
+        with moments_of(mine) as moments:
+            stream.advance(block)
+        _add_up(moments, sum_)
+        for name, layer in mine.items():
+            _, spectra[name] = principal_outputs(layer.weight.to(torch.float64), moments[name].covariance, 0)
+    return spectra
+
+
+def _layers(
+    model: nn.Module, blocks: Mapping[str, nn.Module], match: str | Sequence[str] | None
+) -> dict[str, nn.Linear]:
+    inside = tuple(f"{path}." for path in blocks)
+    named = matching_linears(model, match)
+    layers = {name: layer for name, layer in named.items() if name.startswith(inside)}
+    if len(layers) < len(named) and match is not None:
+        outside = next(name for name in named if name not in layers)
+        raise UserError(
+            f"Layer '{outside}' is in none of the model's blocks, so it cannot be compressed. Leave it out."
+        )
+    for name, layer in layers.items():
+        if isinstance(layer, BackendLinear) and (layer.stored is not None or layer.lora_alpha is not None):
+            what = "a low-rank update (LoRA)" if layer.stored is None else f"{', '.join(layer.stored)} already"
+            raise UserError(f"Layer '{name}' stores {what}. Compress the dense checkpoint it came from.")
+    return layers
+
+
+def _choose(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    shapes: Mapping[str, LayerShape],
+    batches: Iterable[Batch],
+    keep: float | None,
+    ranks: Mapping[str, int] | None,
+    allocation: str,
+    sum_: Sum,
+) -> Ranks:
+    if (keep is None) == (ranks is None):
+        raise UserError("Expected one of compress.keep and compress.ranks.")
+    if ranks is not None:
+        by_layer = {
+            name: rank for end, rank in ranks.items() for name in shapes if name == end or name.endswith(f".{end}")
+        }
+        for name, rank in by_layer.items():
+            limit = min(shapes[name].in_features, shapes[name].out_features)
+            if not 1 <= rank <= limit:
+                raise UserError(f"compress.ranks gives layer '{name}' rank {rank}. Expected 1 to {limit}.")
+        return given_ranks(shapes, by_layer)
+    assert keep is not None
+    if allocation == "uniform":
+        return uniform_ranks(shapes, keep)
+    return spectrum_ranks(shapes, spectra_of(model, blocks, tuple(shapes), batches, sum_), keep)
+
+
+def _add_up(moments: Mapping[str, Moments], sum_: Sum) -> None:
+    """Sum over the workers, each object once."""
+    for each in {id(one): one for one in moments.values()}.values():
+        count = torch.tensor(each.count, dtype=torch.int64, device=each.total.device)
+        each.count = int(sum_(count))
+        each.total, each.magnitude, each.second = sum_(each.total), sum_(each.magnitude), sum_(each.second)
+
+
+def _replace(name: str, layer: nn.Linear, moments: Moments, factors: Factors | None) -> LayerReport:
+    """Let the layer hold the factors (None: it stays dense), and say what that does to its outputs."""
+    shape = LayerShape(layer.in_features, layer.out_features)
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    wide = weight.to(torch.float64)
+    variance = float(((wide @ moments.covariance) * wide).sum())
+    if factors is None:
+        return LayerReport(name, shape, None, 0.0, 0.0, variance, wide.new_empty(0))
+    measured = measured_error(weight, bias, factors, moments)
+    _store(layer, factors)
+    return LayerReport(name, shape, factors.rank, factors.predicted, measured, variance, factors.spectrum)
+
+
+def _store(layer: nn.Linear, factors: Factors) -> None:
+    """Let the layer hold the factors, in its weight's dtype."""
+    dtype = layer.weight.dtype
+    ours = layer if isinstance(layer, BackendLinear) else BackendLinear.adopt(layer)
+    tensors = {"weight_in": factors.weight_in, "weight_out": factors.weight_out}
+    if factors.bias is not None:
+        tensors["bias"] = factors.bias
+    backend = load("lowrank", rank=factors.rank, bias=factors.bias is not None)
+    ours.set_backend(backend, {name: tensor.to(dtype) for name, tensor in tensors.items()})

@@ -1,0 +1,120 @@
+"""Calibration data through a model one block at a time: only one block's inputs and moments are ever held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backends.errors import UserError
+from modelzoo.compression.moments import Moments
+
+Batch = Mapping[str, Any]  # what the model is called with
+
+
+class _Reached(Exception):
+    """The first block was reached: nothing behind it need be computed."""
+
+
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's row of blocks, by path: the longest nn.ModuleList of modules that hold linear layers.
+
+    UserError for a model without one.
+    """
+    rows = {
+        path: part
+        for path, part in model.named_modules()
+        if isinstance(part, nn.ModuleList) and all(_has_linear(block) for block in part) and len(part)
+    }
+    if not rows:
+        raise UserError(f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers to compress.")
+    path = max(rows, key=lambda path: len(rows[path]))
+    return {f"{path}.{index}": block for index, block in enumerate(rows[path])}
+
+
+class BlockInputs:
+    """The hidden states of all calibration batches in front of one block, and what else blocks are called with."""
+
+    def __init__(self, model: nn.Module, first: nn.Module, batches: Iterable[Batch]) -> None:
+        self.hidden_states: list[Tensor] = []
+        self._rest: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        handle = first.register_forward_pre_hook(self._keep, with_kwargs=True)
+        try:
+            for batch in batches:
+                with suppress(_Reached):
+                    model(**batch)
+        finally:
+            handle.remove()
+        if not self.hidden_states:
+            raise UserError("There is no calibration data: expected at least one batch.")
+
+    def _keep(self, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        named = dict(named)
+        hidden = arguments[0] if arguments else named.pop("hidden_states")
+        self.hidden_states.append(hidden.detach())
+        self._rest.append((arguments[1:], named))
+        raise _Reached
+
+    def outputs(self, block: nn.Module) -> Iterator[Tensor]:
+        """The block's output for each batch in turn."""
+        for hidden, (arguments, named) in zip(self.hidden_states, self._rest, strict=True):
+            output = block(hidden, *arguments, **named)
+            yield output if isinstance(output, Tensor) else output[0]
+
+    def advance(self, block: nn.Module) -> None:
+        """Put the outputs of `block` in the place of its inputs."""
+        for index, output in enumerate(self.outputs(block)):
+            self.hidden_states[index] = output
+
+
+@contextmanager
+def moments_of(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Moments]]:
+    """Moments of what the layers are given while this is open; layers with one input share one object.
+
+    UserError naming the layer whose inputs are not finite.
+    """
+    found: dict[str, Moments] = {}
+    leaders: dict[str, str] = {}
+    seen: list[tuple[Tensor, str]] = []  # held, so that no other input of this batch can lie at the same place
+
+    def hook(name: str, layer: nn.Linear, x: Tensor) -> None:
+        if name not in leaders:
+            alike = next((other for tensor, other in seen if tensor is x), name)
+            leaders[name] = alike
+            seen.append((x, name))
+            found[name] = found[alike] if alike != name else Moments.empty(layer.in_features, x.device)
+        else:
+            seen.clear()
+        if leaders[name] == name:
+            found[name].add(x)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: hook(name, layer, inputs[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        if name not in found:
+            raise UserError(f"Layer '{name}' was given nothing by the calibration data. Leave it out.")
+        if not bool(torch.isfinite(found[name].second).all()):
+            raise UserError(
+                f"The inputs of layer '{name}' are not finite on the calibration data. Compress a model that computes "
+                "them, perhaps in float32."
+            )
+
+
+def linears_of(block: nn.Module, path: str, chosen: Sequence[str]) -> dict[str, nn.Linear]:
+    """The block's linear layers among `chosen`, by full name."""
+    named = {f"{path}.{name}": part for name, part in block.named_modules()}
+    return {name: part for name, part in named.items() if name in chosen and isinstance(part, nn.Linear)}
+
+
+def _has_linear(block: nn.Module) -> bool:
+    return any(isinstance(part, nn.Linear) for part in block.modules())
