@@ -32,7 +32,7 @@ def test_frozen_parts_have_no_backward_and_no_update(plan_of: PlanOf) -> None:
     regions, schedule = captured(plan_of(*SETTINGS))
     assert schedule.embed["backward"] is None
     assert schedule.embed["trained"] == schedule.head["trained"] == []
-    assert schedule.updates[-1] == {"direct": None, "summed": None, "parameters": {}}
+    assert schedule.updates[-1] == {"direct": None, "summed": None, "state": {}, "parameters": {}}
     trained = schedule.blocks[0]["trained"]
     assert len(trained) == 14
     assert all(name.endswith(("lora_A", "lora_B")) for name in trained)
