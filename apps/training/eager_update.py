@@ -156,7 +156,7 @@ class PureUpdates:
 
 def _numbers(group: ParameterGroup, rows: Mapping[str, Tensor]) -> dict[str, float]:
     """The numbers that all parameters of a group have in common."""
-    table = torch.stack([rows[name] for name in group.shapes])
-    assert (table == table[:1]).all(), "parameters of one group must share their hyper-parameters"
     names = group.rule.hyperparameter_names
-    return dict(zip(names, table[0, : len(names)].tolist(), strict=True))
+    table = torch.stack([rows[name][: len(names)] for name in group.shapes])
+    assert (table == table[:1]).all(), "parameters of one group must share their hyper-parameters"
+    return dict(zip(names, table[0].tolist(), strict=True))

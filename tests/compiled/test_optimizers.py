@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import optax
 import pytest
 import torch
 from torch import Tensor
@@ -24,16 +23,16 @@ ROUTES: list[tuple[str, str, dict[str, Any], Any]] = [
         "*k_proj*",
         "nadam",
         {"weight_decay": 0.0},
-        optaxs(lambda rate: optax.nadam(rate, b1=0.9, b2=0.999, eps=1e-8)),
+        optaxs("nadam", b1=0.9, b2=0.999, eps=1e-8),
     ),
     (
         "*v_proj*",
         "rmsprop",
         {"weight_decay": 0.1},
-        decoupled(optaxs(optax.rmsprop, decay=0.99, eps=1e-8, eps_in_sqrt=False, bias_correction=True), 0.1),
+        decoupled(optaxs("rmsprop", decay=0.99, eps=1e-8, eps_in_sqrt=False, bias_correction=True), 0.1),
     ),
     ("*o_proj*", "sgdm", {"nesterov": True}, torchs(torch.optim.SGD, momentum=0.9, nesterov=True)),
-    ("*up_proj*", "lion", {"weight_decay": 0.3}, optaxs(optax.lion, b1=0.9, b2=0.99, weight_decay=0.3)),
+    ("*up_proj*", "lion", {"weight_decay": 0.3}, optaxs("lion", b1=0.9, b2=0.99, weight_decay=0.3)),
     ("*down_proj*", "adafactor", {}, torchs(torch.optim.Adafactor, eps=(1e-7, 1e-3))),
     ("*input_layernorm*", "adafactor", {"lr": 3e-3}, torchs(torch.optim.Adafactor, eps=(1e-7, 1e-3))),
     (

@@ -48,7 +48,7 @@ def test_the_page_from_start_to_end(tmp_path: Path) -> None:
     assert "Going on after step 2" in ended.stdout
     run = tmp_path / "outputs/runs/signum"
     with (run / "per_step_metrics.csv").open() as metrics:
-        assert [row["step"] for row in csv.DictReader(metrics)] == ["1", "2", "3", "4"]
+        assert [row["Step"] for row in csv.DictReader(metrics)] == ["1", "2", "3", "4"]
     files = sorted((run / "checkpoints/iter_4").glob("optimizer-*.safetensors"))
     shares = [{key for key in load_file(file) if key.endswith(".mean")} for file in files]
     assert len(shares) == 2
@@ -76,14 +76,12 @@ def test_the_file_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_it_is_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lion with β1 = β2 is the sign of a momentum."""
-    import optax
-
     own_file(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     signum = optimizers.load("signum:Signum")
     rule, config = signum(), signum.Config()
     start = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    theirs = decoupled(optaxs(optax.lion, b1=0.9, b2=0.9, weight_decay=0.0), 0.1)(start)
+    theirs = decoupled(optaxs("lion", b1=0.9, b2=0.9, weight_decay=0.0), 0.1)(start)
     value, state = start, {"mean": torch.zeros_like(start)}
     for step in range(1, 6):
         gradient = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))

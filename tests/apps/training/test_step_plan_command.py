@@ -36,6 +36,14 @@ CHOICES: dict[str, st.SearchStrategy[str]] = {
     "model.article_attention": st.sampled_from(["true", "false"]),
     "optimizer.moments_dtype": st.sampled_from(["auto", "bfloat16"]),
     "optimizer.master_weights": st.sampled_from(["auto", "none"]),
+    "optimizer.nesterov": st.sampled_from(["true", "false"]),
+    "optimizer.groups": st.sampled_from(
+        [
+            "[]",
+            "[{match: '*norm*', weight_decay: 0.5}]",
+            "[{match: '*up_proj*', optimizer: lion, lr: 1e-4}, {match: '*.mlp.*', nesterov: true}]",
+        ]
+    ),
     "optimizer.lr": st.sampled_from(["0.1", "1e-5"]),
     "compile.recompute": st.sampled_from(["none", "block"]),
     "compile.head_chunks": st.sampled_from(["null", "1", "4"]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -30,26 +33,58 @@ def torchs(make: Callable[..., torch.optim.Optimizer], **settings: Any) -> Calla
     return start
 
 
-def optaxs(make: Callable[..., Any], **settings: Any) -> Callable[[Tensor], Reference]:
-    """A transformation of optax as a rule; `make(learning_rate, **settings)` is made anew for each rate."""
+def optaxs(name: str, *, l2: float = 0.0, **settings: Any) -> Callable[[Tensor], Reference]:
+    """optax's transformation `name` as a rule; `l2` times the parameter is added to the gradient before it."""
 
     def start(parameter: Tensor) -> Reference:
-        import jax
-        import optax
-
-        jax.config.update("jax_enable_x64", True)
-        held: dict[str, Any] = {"value": jax.numpy.asarray(parameter.detach().numpy())}
-        held["state"] = make(1.0, **settings).init(held["value"])
+        pipe, number = _server(), next(_numbers)
+        pipe.send((number, name, l2, settings, parameter.detach().numpy()))
 
         def step(gradient: Tensor, rate: float) -> Tensor:
-            given = jax.numpy.asarray(gradient.numpy())
-            change, held["state"] = make(rate, **settings).update(given, held["state"], held["value"])
-            held["value"] = optax.apply_updates(held["value"], change)
-            return torch.tensor(held["value"].tolist(), dtype=torch.float64)
+            pipe.send((number, rate, gradient.numpy()))
+            return torch.from_numpy(pipe.recv())
 
         return step
 
     return start
+
+
+_numbers = itertools.count()
+
+
+@functools.cache
+def _server() -> Any:
+    """A process for optax: JAX warns of every later fork in the process it has run in, and a warning fails a test."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_serve, args=(theirs,), daemon=True).start()
+    return ours
+
+
+def _serve(pipe: Any) -> None:
+    import jax
+    import numpy as np
+    import optax
+
+    jax.config.update("jax_enable_x64", True)
+    held: dict[int, list[Any]] = {}
+    while True:
+        number, *message = pipe.recv()
+        if number not in held:
+            name, l2, settings, value = message
+
+            def make(rate: float, name: str = name, l2: float = l2, settings: Any = settings) -> Any:
+                inner = getattr(optax, name)(rate, **settings)
+                return optax.chain(optax.add_decayed_weights(l2), inner) if l2 else inner
+
+            held[number] = [make, jax.numpy.asarray(value), make(1.0).init(jax.numpy.asarray(value))]
+            continue
+        rate, gradient = message
+        make, value, state = held[number]
+        change, state = make(rate).update(jax.numpy.asarray(gradient), state, value)
+        value = optax.apply_updates(value, change)
+        held[number] = [make, value, state]
+        pipe.send(np.array(value))
 
 
 def decoupled(inner: Callable[[Tensor], Reference], decay: float) -> Callable[[Tensor], Reference]:
