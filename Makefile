@@ -57,7 +57,7 @@ demo: $(INSTALLED)
 	$(PY) apps/prepare_data.py output_dir=$(DEMO)/dataset max_seq_length=256 vocab_size=4096
 	$(PY) apps/train_llm.py command=compile $(DEMO_SETTINGS)
 	$(PY) apps/train_llm.py command=run $(DEMO_SETTINGS) training.dataset=$(DEMO)/dataset training.output_dir=$(DEMO)/run \
-		training.max_steps=$(DEMO_STEPS) optimizer.lr=2e-3 schedule.warmup_steps=30 logging.every=20
+		training.max_steps=$(DEMO_STEPS) optimizer.lr=2e-3 optimizer.beta2=0.95 schedule.warmup_steps=30 logging.every=20
 	$(PY) apps/generate_text.py checkpoint.model_name_or_path=$(DEMO)/run prompt="def read(self" max_new_tokens=64 temperature=0.7 top_k=40
 	@echo
 	@echo "Dataset    $(DEMO)/dataset"
@@ -70,7 +70,7 @@ demo: $(INSTALLED)
 MPIRUN := $(if $(VENV),$(VENV)/bin/mpirun,mpirun)
 DP_STEPS := $$(( $(DEMO_STEPS) < 100 ? $(DEMO_STEPS) : 100 ))
 DP_SETTINGS = $(DEMO_SETTINGS) training.dataset=$(DEMO)/dataset training.global_batch_size=16 training.max_steps=$(DP_STEPS) \
-	optimizer.lr=2e-3 schedule.warmup_steps=30 logging.every=20 training.overwrite_output_dir=true training.evaluate=false
+	optimizer.lr=2e-3 optimizer.beta2=0.95 schedule.warmup_steps=30 logging.every=20 training.overwrite_output_dir=true training.evaluate=false
 
 demo-dp: $(INSTALLED)
 	@ls $(DEMO)/artifacts/*.substrate $(DEMO)/dataset >/dev/null 2>&1 || $(MAKE) demo

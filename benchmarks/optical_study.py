@@ -128,6 +128,7 @@ class Study:
             given[0] = f"checkpoint.model_name_or_path={self.out}/runs/{run.start}"
         steps = self.steps // 3 if run.start else self.steps
         given += [f"training.max_steps={steps}", f"schedule.warmup_steps={steps // 20}", f"optimizer.lr={run.rate}"]
+        given += ["optimizer.beta2=0.95"]  # the default when docs/optical.md was measured
         given += [f"training.dataset={self.out}/dataset", f"training.output_dir={folder}", f"logging.every={steps}"]
         given += ["training.overwrite_output_dir=true", "backend.calibrate_steps=4"]
         self.program(run.name, "apps/train_llm.py", "command=run", *given)

@@ -21,10 +21,10 @@ class AdamW(Optimizer):
     class Config:
         """Settings of `optimizer=adamw`."""
 
-        lr: float = setting(3e-4, "peak learning rate", above=0)
+        lr: float = setting(1e-3, "peak learning rate", above=0)
         weight_decay: float = setting(0.1, "decoupled decay; norms and biases are exempt", at_least=0)
         beta1: float = setting(0.9, "decay of the gradient's running mean", at_least=0, below=1)
-        beta2: float = setting(0.95, "decay of the squared gradient's running mean", at_least=0, below=1)
+        beta2: float = setting(0.999, "decay of the squared gradient's running mean", at_least=0, below=1)
         eps: float = setting(1e-8, "added to the denominator", at_least=0)
         nesterov: bool = setting(False, "look a step ahead along the mean; fixed by the artifact")
 

@@ -40,7 +40,7 @@ def unigram_line(entropy: float) -> str:
 
 
 def settings_text(name: str, settings: object) -> str:
-    """A plugin with its settings: `adamw (lr 0.0003, weight_decay 0.1)`."""
+    """A plugin with its settings: `adamw (lr 0.001, weight_decay 0.1)`."""
     spelled = {key: "null" if value is None else value for key, value in vars(settings).items()}
     values = ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in spelled.items()

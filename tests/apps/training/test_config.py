@@ -30,7 +30,7 @@ def test_a_command_alone_gives_the_defaults() -> None:
     assert config.command == "run"
     assert config.training.batch_size == 8
     assert config.training.dataset is None
-    assert config.optimizer.settings.lr == 3e-4
+    assert config.optimizer.settings.lr == 1e-3
     assert config.extra == {}
 
 

@@ -39,7 +39,7 @@ def test_defaults_are_spelled_as_one_types_them(shown: str) -> None:
     assert "training.batch_size: int = 8 " in shown
     assert "training.evaluate: bool = true " in shown
     assert "training.dataset: str = null " in shown
-    assert "optimizer.lr: float = 0.0003 " in shown
+    assert "optimizer.lr: float = 0.001 " in shown
     assert "command: compile|run (required)" in shown
 
 
