@@ -107,6 +107,8 @@ def values_of(key: Key) -> st.SearchStrategy[Any]:
     """Any value a key takes, as a person would spell it on the command line."""
     if key.path in ("optimizer.name", "schedule.name", "backend.default"):
         return st.just(key.default)
+    if key.path == "logging.report_to":
+        return st.sampled_from(["[]", "[csv]"])  # what is always installed
     if key.path == "backend.rules_file":
         return st.sampled_from(["optical", "optical-mlp-only.yaml", "optical.toml", "null"])
     if key.path == "checkpoint.save_steps":
