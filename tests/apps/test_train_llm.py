@@ -79,6 +79,7 @@ def test_a_run_prints_and_writes_what_it_should(settings: dict[str, str], tiny_d
 
     rows = metrics(out)
     assert list(rows[0])[:4] == ["Tokens in Step", "Step Loss", "Learning Rate", "Time per Step"]
+    assert {row.pop("Objective", "") for row in rows} == {""}  # no other than the loss
     assert all(float(value) >= 0 for row in rows for value in row.values())  # plain numbers, every one
     assert [f"{float(row['Step Loss']):.4f}" for row in rows] == [loss for loss, _, _ in STEP_LINE.findall(done.stdout)]
     summary = (out / "summary.txt").read_text()

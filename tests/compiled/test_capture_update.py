@@ -18,7 +18,7 @@ from tests.compiled.interpreted import assert_close, run
 
 SHAPES = {"weight": (3, 4), "bias": (4,)}
 GROUPS = group_parameters(
-    OptimizerConfig(settings=AdamW.Config(lr=0.01, weight_decay=0.3)),
+    OptimizerConfig(settings=AdamW.Config(lr=0.01, weight_decay=0.3, beta2=0.95)),
     {"weight": (SHAPES["weight"], "matrix"), "bias": (SHAPES["bias"], "vector")},
 )
 

@@ -39,10 +39,10 @@ ROUTES: list[tuple[str, str, dict[str, Any], Any]] = [
         "*post_attention*",
         "adamw",
         {"weight_decay": 0.5},  # given for the norm itself, it decays
-        torchs(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.5),
+        torchs(torch.optim.AdamW, betas=(0.9, 0.999), weight_decay=0.5),
     ),
-    ("*norm*", "adamw", {}, torchs(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0)),
-    ("*lm_head*", "adamw", {"lr": 2e-3}, torchs(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.1)),
+    ("*norm*", "adamw", {}, torchs(torch.optim.AdamW, betas=(0.9, 0.999), weight_decay=0.0)),
+    ("*lm_head*", "adamw", {"lr": 2e-3}, torchs(torch.optim.AdamW, betas=(0.9, 0.999), weight_decay=0.1)),
 ]
 NORMALIZED = ["model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"]  # one norm for both
 GROUPS = [{"match": match, "optimizer": name, **settings} for match, name, settings, _ in ROUTES]

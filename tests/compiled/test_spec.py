@@ -44,7 +44,7 @@ def make_spec(**changes: Any) -> StepSpec:
         optimizer={"name": "adamw", "source": "bb"},
         recompute="none",
         device={"kind": "cpu", "isa": ["avx", "avx2"]},
-        versions={"schema": "2", "torch": "2.13.0"},
+        versions={"schema": str(SCHEMA_VERSION), "torch": "2.13.0"},
     )
     return dataclasses.replace(spec, **changes)
 
