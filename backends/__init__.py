@@ -6,13 +6,12 @@ Listing backends imports none of them, and importing this package imports no tor
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.errors import UserError, did_you_mean, unknown
+from backends.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from backends.base import Backend
@@ -75,47 +74,22 @@ def load(name: str, /, **options: Any) -> Backend:
 
     `options` are the fields of the backend's Config; an unknown field or a value of another type is a UserError.
     """
-    backend_class = _outside_class(name) if ":" in name else _house_class(name)
+    from backends.base import Backend
+    from backends.outside_class import outside_class
+
+    backend_class = outside_class(name, Backend, "backend") if ":" in name else _house_class(name)
     return backend_class.from_options(options)
 
 
 def _house_class(name: str) -> type[Backend]:
+    from backends.base import Backend
+    from backends.outside_class import defined_in
+
     if name not in available():
         raise unknown("backend", name, available())
     module = importlib.import_module(f"backends.{name}")
-    classes = _defined_backends(module)
+    classes = defined_in(module, Backend)
     camel_case = "".join(part.capitalize() for part in name.split("_"))
     found = [cls for cls in classes if cls.__name__ == camel_case] or classes
     assert len(found) == 1, f"{module.__file__} must define one Backend subclass, or one called {camel_case}"
     return found[0]
-
-
-def _outside_class(name: str) -> type[Backend]:
-    from backends.base import Backend
-
-    module_name, _, class_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError, TypeError) as error:
-        # A module that exists but fails on an import of its own must not be reported as missing.
-        raise UserError(
-            f"Cannot import module '{module_name}' of backend '{name}': {error}. "
-            "Expected package.module:Class with the package installed or on PYTHONPATH."
-        ) from error
-    found = getattr(module, class_name, None)
-    if found is None:
-        names = [cls.__name__ for cls in _defined_backends(module)]
-        raise UserError(
-            f"Module '{module_name}' has no class '{class_name}'.{did_you_mean(class_name, names)} "
-            f"Backends defined in it: {', '.join(names) or 'none'}."
-        )
-    if not (inspect.isclass(found) and issubclass(found, Backend)):
-        raise UserError(f"'{name}' is not a backend. Expected a subclass of backends.base.Backend, got {found!r}.")
-    return found
-
-
-def _defined_backends(module: Any) -> list[type[Backend]]:
-    from backends.base import Backend
-
-    members = [member for member in vars(module).values() if inspect.isclass(member)]
-    return [cls for cls in members if issubclass(cls, Backend) and cls.__module__ == module.__name__]

@@ -50,7 +50,7 @@ def add_lora(
     """
     if r < 1 or not math.isfinite(alpha) or alpha == 0:
         raise UserError(f"LoRA has r={r} and alpha={alpha}. Expected r at least 1 and a finite alpha other than 0.")
-    layers = matching_linears(model, match)
+    layers = matching_linears(model, match, "LoRA")
     for name, layer in layers.items():
         _check(model, name, layer, r)
     norms = norm_parameters(model) if train_norms else {}
@@ -87,8 +87,8 @@ def merge_lora(model: nn.Module) -> tuple[str, ...]:
     return tuple(layers)
 
 
-def matching_linears(model: nn.Module, match: str | Sequence[str] | None) -> dict[str, nn.Linear]:
-    """The linear layers that patterns name, in the model's order; UserError for a pattern that names none.
+def matching_linears(model: nn.Module, match: str | Sequence[str] | None, asker: str) -> dict[str, nn.Linear]:
+    """The linear layers that patterns name, in the model's order; a UserError of `asker` for one that names none.
 
     As for backends, the head is named only by a pattern that spells `lm_head`.
     """
@@ -96,17 +96,19 @@ def matching_linears(model: nn.Module, match: str | Sequence[str] | None) -> dic
     if match is None:
         chosen = {name for name in linears if not is_head(name)}
         if not chosen:
-            raise UserError("LoRA has no layer: the model has no linear layer beside the head. Name layers with match.")
+            raise UserError(
+                f"{asker} has no layer: the model has no linear layer beside the head. Name layers with match."
+            )
     else:
         chosen = set()
         for pattern in [match] if isinstance(match, str) else match:
             named = {name for name in linears if _names(pattern, name)}
             if not named:
                 shown = ", ".join(shorten(linears)[:3]) or "none"
-                raise UserError(f"LoRA's pattern '{pattern}' names no linear layer. The model has these: {shown}.")
+                raise UserError(f"{asker}'s pattern '{pattern}' names no linear layer. The model has these: {shown}.")
             chosen |= named
         if not chosen:
-            raise UserError("LoRA's match is an empty list. Expected patterns of layers, or null for all of them.")
+            raise UserError(f"{asker}'s match is an empty list. Expected patterns of layers, or null for all of them.")
     found = {name: model.get_submodule(name) for name in linears if name in chosen}
     return {name: layer for name, layer in found.items() if isinstance(layer, nn.Linear)}
 

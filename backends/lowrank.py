@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ class Lowrank(Backend):
             if not 0 < self.keep <= 1:
                 raise UserError(f"Backend lowrank has keep={self.keep:g}. Expected a share above 0 and at most 1.")
 
+    source_modules: ClassVar[tuple[str, ...]] = ("backends.ranks",)
     config: Config
 
     def linear(

@@ -59,8 +59,13 @@ def totals_of(optimizers: Iterable[Optimizer]) -> list[tuple[str, str]]:
 class UpdateCapture:
     """Traces one group: `optimizers` gives each parameter's rule, by the name that the region uses.
 
-    `columns`: of the table of numbers. `totals`: all sums of the step, as `totals_of` gives them. `skips`: a grad_coef
-    that is not finite leaves everything as it is.
+    Inputs: `hyperparameters` [number of parameters, `columns`] (a row each, so that every parameter may have its own
+    rate and decay; the first columns are its optimizer's, the last the key of stochastic rounding), `grad_coef` 0-d
+    (clipping), then for each parameter p: p, `grad_p`, `<state>_p`…, `master_p` if there is one, and for the update
+    last `totals`, the sums over all groups, where a rule wants some. Arithmetic is done in at least float32.
+
+    `totals`: all sums of the step, as `totals_of` gives them. `skips`: a grad_coef that is not finite leaves everything
+    as it is.
     """
 
     def __init__(
@@ -99,7 +104,7 @@ class UpdateCapture:
         self.sums = {"totals": sources.empty((len(self.totals),), self.work)} if self.totals else {}
 
     def update(self, name: str) -> Captured:
-        """The update, in place; see `capture_update`."""
+        """The update, in place; its output is a copy of grad_coef (a region must return something)."""
         inputs = self.inputs | self.sums
 
         def update(*flat: Tensor) -> tuple[Tensor, ...]:
@@ -161,25 +166,3 @@ class UpdateCapture:
             row = list(self.parameters).index(name)
             parameter = round_to_bfloat16(parameter, key_of(named["hyperparameters"][row, self.columns - COLUMNS :]))
         named[name].copy_(parameter)
-
-
-def capture_update(
-    name: str,
-    optimizers: Mapping[str, Optimizer],
-    parameters: Mapping[str, Tensor],
-    gradient_dtypes: Mapping[str, torch.dtype],
-    policy: PrecisionPolicy,
-    sources: Sources,
-    columns: int,
-    totals: Sequence[tuple[str, str]] = (),
-    skips: bool = False,
-) -> Captured:
-    """The update of a group of parameters, each by its optimizer, in place, one region.
-
-    Inputs: `hyperparameters` [number of parameters, `columns`] (a row each, so that every parameter may have its own
-    rate and decay; the first columns are its optimizer's, the last the key of stochastic rounding), `grad_coef` 0-d
-    (clipping), then for each parameter p: p, `grad_p`, `<state>_p`…, `master_p` if there is one, and last `totals`, the
-    sums over all groups, where a rule wants some. Arithmetic is done in at least float32; output: a copy of grad_coef
-    (a region must return something). `skips`: a grad_coef that is not finite leaves everything as it is.
-    """
-    return UpdateCapture(optimizers, parameters, gradient_dtypes, policy, sources, columns, totals, skips).update(name)

@@ -104,11 +104,15 @@ class EagerProgram:
             grad_norm = nn.utils.get_total_norm(gradients.values())
         if self.skips_nonfinite and grad_norm is not None:
             applied = torch.isfinite(loss).all() & torch.isfinite(grad_norm)
+        bounded = grad_norm
         if max_grad_value is not None:
             gradients = {name: each.clamp(-max_grad_value, max_grad_value) for name, each in gradients.items()}
+            bounded = None if max_grad_norm is None else nn.utils.get_total_norm(gradients.values())
         self.measuring.before_update(gradients)
         if applied is None or applied:
-            self._update(gradients, hyperparameters, max_grad_norm)
+            if max_grad_norm is not None and bounded is not None:
+                torch._foreach_mul_(list(gradients.values()), torch.clamp(max_grad_norm / (bounded + 1e-6), max=1.0))
+            self._update(gradients, hyperparameters)
             self._store_state(states)
         else:
             for update in self.updates:
@@ -117,10 +121,7 @@ class EagerProgram:
         self.measuring.finish(self.reducer)
         return StepResult(entropy, grad_norm, objective, applied)
 
-    def _update(self, gradients: dict[str, Tensor], hyperparameters: Tensor, max_grad_norm: float | None) -> None:
-        if max_grad_norm is not None:
-            norm = nn.utils.get_total_norm(gradients.values())
-            torch._foreach_mul_(list(gradients.values()), torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+    def _update(self, gradients: dict[str, Tensor], hyperparameters: Tensor) -> None:
         rows = {name: hyperparameters[row] for name, row in self.row_of.items()}
         for update in self.updates:
             update.step(gradients, rows)

@@ -123,7 +123,7 @@ def _layers(
     model: nn.Module, blocks: Mapping[str, nn.Module], match: str | Sequence[str] | None
 ) -> dict[str, nn.Linear]:
     inside = tuple(f"{path}." for path in blocks)
-    named = matching_linears(model, match)
+    named = matching_linears(model, match, "Compression")
     layers = {name: layer for name, layer in named.items() if name.startswith(inside)}
     if len(layers) < len(named) and match is not None:
         outside = next(name for name in named if name not in layers)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,26 +17,28 @@ from backends.errors import UserError
 from modelzoo.compression.methods import Factors
 from modelzoo.compression.streaming import Batch
 
-EPSILON, BETAS, DECAY = 1e-8, (0.9, 0.999), 0.01  # PyTorch's AdamW
 NAMES = ("weight_in", "weight_out", "bias")
 
 
-@dataclass
 class Twin:
     """The factors of one layer as they learn, in at least float32, and the best of them so far."""
 
-    tensors: dict[str, Tensor]
-    first: dict[str, Tensor] = field(default_factory=dict)
-    second: dict[str, Tensor] = field(default_factory=dict)
-    step: int = 0
-    since: list[Tensor] = field(default_factory=list)  # losses of the window, on the device
-    losses: list[float] = field(default_factory=list)  # means of the windows
-    best: dict[str, Tensor] = field(default_factory=dict)
-    best_loss: float = float("inf")
+    def __init__(self, tensors: Mapping[str, Tensor], lr: float) -> None:
+        self.tensors = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        self.optimizer = torch.optim.AdamW(list(self.tensors.values()), lr=lr)
+        self.since: list[Tensor] = []  # losses of the window, on the device
+        self.losses: list[float] = []  # means of the windows
+        self.best: dict[str, Tensor] = {}
+        self.best_loss = float("inf")
 
-    def __post_init__(self) -> None:
-        self.first = {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
-        self.second = {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
+    def step(self, loss: Tensor, gradients: Mapping[str, Tensor], clip: float) -> None:
+        """One step of AdamW along `gradients`, which belong to `loss`."""
+        self.since.append(loss)
+        for name, tensor in self.tensors.items():
+            tensor.grad = gradients[name]
+        nn.utils.clip_grad_norm_(list(self.tensors.values()), clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def close_window(self) -> None:
         """Judge the factors by the mean loss since the last time: one batch alone would favour an easy one."""
@@ -47,7 +48,7 @@ class Twin:
         self.since.clear()
         self.losses.append(loss)
         if loss < self.best_loss:
-            self.best_loss, self.best = loss, {name: tensor.clone() for name, tensor in self.tensors.items()}
+            self.best_loss, self.best = loss, {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
 
 
 def loss_and_gradients(tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,32 +64,10 @@ def loss_and_gradients(tensors: Mapping[str, Tensor], x: Tensor, y: Tensor) -> t
     return error.square().mean(), gradients
 
 
-def adamw_step(
-    tensors: dict[str, Tensor],
-    first: dict[str, Tensor],
-    second: dict[str, Tensor],
-    x: Tensor,
-    y: Tensor,
-    numbers: Tensor,
-) -> Tensor:
-    """One step in place on one batch; returns the loss before it. `numbers`: lr, clip, 1 − β1ᵗ, 1 − β2ᵗ."""
-    loss, gradients = loss_and_gradients(tensors, x, y)
-    lr, clip, correction1, correction2 = numbers.unbind()
-    norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
-    scale = (clip / (norm + 1e-6)).clamp_max(1.0)
-    for name, tensor in tensors.items():
-        gradient = gradients[name] * scale
-        first[name].lerp_(gradient, 1 - BETAS[0])
-        second[name].mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        change = (first[name] / correction1) / ((second[name] / correction2).sqrt() + EPSILON)
-        tensor.mul_(1 - lr * DECAY).sub_(lr * change)
-    return loss
-
-
 @functools.cache
-def _compiled_step() -> Callable[..., Tensor]:
-    """The step, compiled once for each distinct shape of a layer."""
-    return torch.compile(adamw_step, dynamic=False)
+def _compiled() -> Callable[..., tuple[Tensor, dict[str, Tensor]]]:
+    """`loss_and_gradients`, compiled once for each distinct shape of a layer."""
+    return torch.compile(loss_and_gradients, dynamic=False)
 
 
 @torch.no_grad()
@@ -110,17 +89,14 @@ def learn_factors(
     elements of y; the best window's last factors are kept. `on_window(batch, losses)` is called after each `window`
     batches. UserError naming a layer whose loss is not finite.
     """
-    twins = {name: _twin(layers[name], start[name]) for name in layers}
-    step = _compiled_step() if compiled else adamw_step
+    twins = {name: _twin(layers[name], start[name], lr) for name in layers}
+    compute = _compiled() if compiled else loss_and_gradients
 
     def hook(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         twin = twins[name]
         dtype = twin.tensors["weight_in"].dtype
         x, y = (tensor.reshape(-1, tensor.shape[-1]).to(dtype) for tensor in (inputs[0], output))
-        twin.step += 1
-        corrections = [1 - beta**twin.step for beta in BETAS]
-        numbers = torch.tensor([lr, clip, *corrections], dtype=dtype, device=x.device)
-        twin.since.append(step(twin.tensors, twin.first, twin.second, x, y, numbers))
+        twin.step(*compute(twin.tensors, x, y), clip)
 
     handles = [layer.register_forward_hook(functools.partial(hook, name)) for name, layer in layers.items()]
     try:
@@ -137,13 +113,13 @@ def learn_factors(
     return found, {name: twin.losses for name, twin in twins.items()}
 
 
-def _twin(layer: nn.Linear, start: Factors) -> Twin:
+def _twin(layer: nn.Linear, start: Factors, lr: float) -> Twin:
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
     device = layer.weight.device
     bias = start.bias if start.bias is not None else start.weight_out.new_zeros(len(start.weight_out))
     values = (start.weight_in, start.weight_out, bias)
     tensors = {name: value.to(device, dtype, copy=True) for name, value in zip(NAMES, values, strict=True)}
-    return Twin(tensors)
+    return Twin(tensors, lr)
 
 
 def _close(twins: Mapping[str, Twin]) -> None:
@@ -154,5 +130,5 @@ def _close(twins: Mapping[str, Twin]) -> None:
 
 
 def _factors(twin: Twin, start: Factors) -> Factors:
-    best = {name: tensor.to(torch.float64) for name, tensor in (twin.best or twin.tensors).items()}
+    best = {name: tensor.detach().to(torch.float64) for name, tensor in (twin.best or twin.tensors).items()}
     return Factors(best["weight_in"], best["weight_out"], best["bias"], start.spectrum)

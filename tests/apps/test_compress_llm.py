@@ -186,7 +186,10 @@ def test_two_workers_write_what_one_writes(
             {"compress.keep": None, "compress.ranks": "{q_proj: 99}"},
             "gives layer 'model.layers.0.self_attn.q_proj' rank",
         ),
-        ({"compress.keep": None, "compress.ranks": "{qq_proj: 9}"}, "names no linear layer"),
+        (
+            {"compress.keep": None, "compress.ranks": "{qq_proj: 9}"},
+            "Compression's pattern 'qq_proj' names no linear layer",
+        ),
         ({"compress.method": "svdllm"}, "svd_llm"),
         ({"checkpoint.model_name_or_path": "/nowhere"}, "no folder '/nowhere'"),
         ({"max_seq_length": 64}, "not compatible with this model"),

@@ -67,8 +67,8 @@ def test_load_from_outside():
         (":Lab", "Expected package.module:Class"),
         ("json:Lab", "Module 'json' has no class 'Lab'."),
         ("tests.backends.stateful_backend:Scaled", "Did you mean 'ScaledBackend'?"),
-        ("json:JSONDecoder", "'json:JSONDecoder' is not a backend. Expected a subclass of backends.base.Backend"),
-        ("json:loads", "'json:loads' is not a backend."),
+        ("json:JSONDecoder", "'json:JSONDecoder' is no backend. Expected a subclass of backends.base.Backend"),
+        ("json:loads", "'json:loads' is no backend."),
     ],
 )
 def test_a_wrong_name_is_one_clear_line(name, message):

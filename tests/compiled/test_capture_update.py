@@ -13,7 +13,7 @@ from apps.training.parameter_groups import group_parameters
 from backends.precision import PrecisionPolicy, resolve
 from compiled import lowering
 from compiled.capture import Captured, Sources
-from compiled.capture_update import capture_update
+from compiled.capture_update import UpdateCapture
 from tests.compiled.interpreted import assert_close, run
 
 SHAPES = {"weight": (3, 4), "bias": (4,)}
@@ -27,7 +27,7 @@ def captured_update(policy: PrecisionPolicy, gradient: torch.dtype) -> Captured:
     made = Sources(lowering.fake_mode(), torch.device("cpu"))
     parameters = {name: made.empty(shape, getattr(torch, policy.parameters)) for name, shape in SHAPES.items()}
     rules, columns = dict.fromkeys(SHAPES, AdamW()), len(AdamW.hyperparameter_names)
-    return capture_update("update", rules, parameters, dict.fromkeys(SHAPES, gradient), policy, made, columns)
+    return UpdateCapture(rules, parameters, dict.fromkeys(SHAPES, gradient), policy, made, columns).update("update")
 
 
 def take_steps(captured: Captured, start: dict[str, Tensor], steps: int, coefficient: float) -> dict[str, Tensor]:

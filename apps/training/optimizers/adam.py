@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from apps.training.config_schema import setting
 from apps.training.optimizers import _adam
@@ -27,6 +27,7 @@ class Adam(Optimizer):
         beta2: float = setting(0.999, "decay of the squared gradient's running mean", at_least=0, below=1)
         eps: float = setting(1e-8, "added to the denominator", at_least=0)
 
+    looks_ahead: ClassVar[bool] = False  # along the mean, as NAdam does
     state_names = _adam.STATE_NAMES
     hyperparameter_names = _adam.HYPERPARAMETER_NAMES
     hyperparameters = staticmethod(_adam.hyperparameters)
@@ -36,5 +37,5 @@ class Adam(Optimizer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """One step."""
         gradient = gradient + hyper["weight_decay"] * parameter
-        step, new_state = _adam.step_along(gradient, state, hyper)
+        step, new_state = _adam.step_along(gradient, state, hyper, nesterov=self.looks_ahead)
         return parameter - step, new_state

@@ -14,6 +14,7 @@ from types import TracebackType
 from apps.training import loggers
 from apps.training.config import to_mapping
 from apps.training.config_schema import TrainConfig
+from apps.training.files import atomic_path
 from apps.training.outcome import Outcome
 from apps.training.progress import Progress
 from apps.training.reporting.channel import Channel
@@ -118,7 +119,8 @@ def _run_of(config: TrainConfig, folder: Path, resumed_step: int) -> loggers.Run
         known = file.read_text(encoding="utf-8").strip() if resumed_step and file.exists() else ""
         run_id = known or secrets.token_hex(4)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(run_id + "\n", encoding="utf-8")
+    with atomic_path(file) as temporary:
+        temporary.write_text(run_id + "\n", encoding="utf-8")
     return loggers.Run(
         project=settings.project,
         name=settings.name or folder.resolve().name,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backends.errors import UserError
-from modelzoo.compression.gradient import NAMES, Twin, adamw_step, learn_factors, loss_and_gradients
+from modelzoo.compression.gradient import NAMES, Twin, learn_factors, loss_and_gradients
 from modelzoo.compression.methods import compress, measured_error
 from modelzoo.compression.moments import Moments
 
@@ -44,16 +44,16 @@ def test_steps_are_those_of_torchs_adamw_behind_its_clipping():
     y = layer(x).detach()
     leaves = [tensors[name].clone().requires_grad_() for name in NAMES]
     optimizer = torch.optim.AdamW(leaves, lr=3e-3)
-    twin = Twin({name: tensor.clone() for name, tensor in tensors.items()})
-    for step in range(1, 31):
+    twin = Twin({name: tensor.clone() for name, tensor in tensors.items()}, lr=3e-3)
+    for _ in range(30):
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(x @ leaves[0].t() @ leaves[1].t() + leaves[2], y).backward()
         torch.nn.utils.clip_grad_norm_(leaves, 2.0)
         optimizer.step()
-        numbers = torch.tensor([3e-3, 2.0, 1 - 0.9**step, 1 - 0.999**step], dtype=torch.float64)
-        adamw_step(twin.tensors, twin.first, twin.second, x, y, numbers)
+        with torch.no_grad():
+            twin.step(*loss_and_gradients(twin.tensors, x, y), 2.0)
     for leaf, name in zip(leaves, NAMES, strict=True):
-        torch.testing.assert_close(twin.tensors[name], leaf.detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(twin.tensors[name].detach(), leaf.detach(), rtol=1e-10, atol=1e-10)
 
 
 class Holder(torch.nn.Module):
