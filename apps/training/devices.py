@@ -25,6 +25,7 @@ def open_device(kind: str, config: TrainConfig, workers: Workers) -> torch.devic
         torch.set_num_threads(num_threads)
     if kind == "cpu":
         _keep_memory()
+        _order_scattered_sums()
         return torch.device("cpu")
     if config.training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses
@@ -49,6 +50,16 @@ def _keep_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         mallopt(m_trim_threshold, -1)  # never give the top of the heap back
         mallopt(m_mmap_max, 0)  # large blocks come from the heap too
+
+
+def _order_scattered_sums() -> None:
+    """Let the embedding's gradient be summed in one order: with two threads its atomics gave other bits in each run.
+
+    The compiled region calls PyTorch's operator, which looks at this switch when it runs. Memory that is not written
+    yet need not be filled for it: nothing reads that.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
 
 
 def describe(device: torch.device) -> str:
