@@ -40,6 +40,14 @@ def import_region(
     return str(module).encode()
 
 
+def warm_up() -> None:
+    """What every import needs and takes a second: forked processes find it done. Makes no context of MLIR."""
+    import torch_mlir.fx
+
+    assert torch_mlir.fx.stateless_fx_import
+    pure_graph(lambda x: (x + 1,), [torch.zeros(1)], ())
+
+
 def pure_graph(graph: Callable[..., object], example_inputs: Sequence[Tensor], mutated: Sequence[int]) -> GraphModule:
     """The graph without writes in place, in operators that torch-mlir knows; new values come behind the outputs."""
     from torch.func import functionalize
