@@ -40,7 +40,7 @@ class StepArguments:
             if group["direct"] is not None:
                 columns = inputs[group["direct"]]["hyperparameters"].shape[1]
                 self._add_group(group, inputs[group["direct"]])
-        self._add_numbers(regions, schedule, inputs, (len(names), columns))
+        self._add_numbers(schedule, inputs, (len(names), columns))
         self.loss = regions[schedule.head["train"]].spec.outputs[0]
 
     @property
@@ -91,9 +91,7 @@ class StepArguments:
                 self._add(f"{state}.{full}", "master" if state == "master" else "moment", spec.dtype, spec.shape)
                 self.new.append(f"{state}.{full}")
 
-    def _add_numbers(
-        self, regions: Mapping[str, Captured], schedule: Schedule, inputs: Mapping[str, Any], table: tuple[int, int]
-    ) -> None:
+    def _add_numbers(self, schedule: Schedule, inputs: Mapping[str, Any], table: tuple[int, int]) -> None:
         """Batch, tables and what may change between runs."""
         ids = inputs[schedule.embed["forward"]]["input_ids"]
         head = inputs[schedule.head["train"]]
@@ -102,7 +100,8 @@ class StepArguments:
         self._add("grad_scale", "batch", head["grad_scale"].dtype, ids.shape)
         used = {name: spec for part in inputs.values() for name, spec in part.items()}
         roles: dict[str, Role] = {"first_row": "batch", "cos": "table", "sin": "table", "mask": "table"}
-        for name, role in {**roles, **dict.fromkeys(TERMS, "hyper-parameter")}.items():
+        roles.update(dict.fromkeys(TERMS, "hyper-parameter"))
+        for name, role in roles.items():
             if name in used:
                 self._add(name, role, used[name].dtype, used[name].shape)
         self._add("hyperparameters", "hyper-parameter", self._work, table)
