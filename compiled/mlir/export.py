@@ -1,0 +1,52 @@
+"""What `compile.target=mlir` puts into the artifact: the modules, and the manifest's part about them."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from compiled import lowering as inductor
+from compiled.capture import Captured
+from compiled.mlir.extra import require_extra
+from compiled.mlir.isolation import Outcome
+from compiled.mlir.lowering import MlirOptions, lower_regions
+from compiled.mlir.modules import ModuleSpec, module_of, roles_of
+from compiled.parallel import Report
+from compiled.schedule import Schedule
+
+FOLDER = "mlir"
+
+
+def module_files(
+    regions: Mapping[str, Captured], schedule: Schedule, options: MlirOptions, workers: int | None, report: Report
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Members by name, and the manifest's `mlir`: dialect, versions, modules. Fills in the regions' specs."""
+    require_extra("torch_mlir")
+    jobs = min(workers or inductor.compile_threads(), len(regions))
+    done = 0
+
+    def finished(name: str, outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        regions[name].spec.seconds = outcome.seconds
+        report(regions[name].spec, done, len(regions))
+
+    outcomes = lower_regions(regions, options.dialect, options.limits, jobs, finished)
+    roles = roles_of(schedule)
+    files, modules = {}, {}
+    for name, captured in regions.items():
+        module = module_of(captured.spec, roles.get(name, {}))
+        files |= _stored(module, outcomes[name])
+        captured.spec.file, captured.spec.sha256 = module.file, module.sha256
+        modules[name] = module.to_json()
+    versions = {"torch-mlir": importlib.metadata.version("torch-mlir")}
+    return files, {"dialect": options.dialect, "versions": versions, "modules": modules}
+
+
+def _stored(module: ModuleSpec, outcome: Outcome) -> dict[str, bytes]:
+    """The module's text as a member of the artifact, with what the manifest says of it filled in."""
+    content: bytes = outcome.value
+    module.file = f"{FOLDER}/{module.name}.mlir"
+    module.sha256 = hashlib.sha256(content).hexdigest()
+    module.bytes, module.seconds = len(content), outcome.seconds
+    return {module.file: content}
