@@ -14,6 +14,9 @@ from backends.outside_class import outside_class
 
 BUILT_IN = {"iree": "compiled.mlir.iree:IreeCompiler"}
 
+# Dialects of which IREE takes the text that torch-mlir prints; its parser refuses that of TOSA.
+_IREE_TAKES = ("linalg", "stablehlo", "torch")
+
 # A loaded module: its arguments, contiguous tensors on the CPU that it must not write, to results that
 # `torch.from_dlpack` takes (torch tensors are).
 Run = Callable[[Sequence[Tensor]], Sequence[Any]]
@@ -41,6 +44,20 @@ class Compiler(ABC):
     @abstractmethod
     def load(self, binary: bytes) -> Run:
         """What `compile` made as a function, ready to be called many times from one thread."""
+
+
+def compiler_name(asked: str, dialect: str) -> str | None:
+    """The compiler that `compile.mlir.compiler` means, as `find_compiler` takes it; None: modules and no binaries."""
+    if asked == "auto":
+        return "iree" if dialect in _IREE_TAKES else None
+    return None if asked == "none" else asked
+
+
+def describe_target(dialect: str, asked: str) -> dict[str, str]:
+    """The field `target` of a step's spec: the dialect of its modules, and which compiler makes binaries of them."""
+    name = compiler_name(asked, dialect)
+    made_by = {} if name is None else {"compiler": name, "compiler_version": find_compiler(name).version}
+    return {"kind": "mlir", "dialect": dialect, **made_by}
 
 
 def find_compiler(name: str) -> Compiler:

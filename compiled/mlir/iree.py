@@ -67,7 +67,7 @@ class IreeCompiler(Compiler):
 
 
 def _public_function(names: Sequence[str]) -> str:
-    """The module's own function among those that IREE adds: initialisers, and of the dialect `torch` asynchronous twins."""
+    """The module's own function: IREE adds initialisers, and asynchronous twins where the dialect is `torch`."""
     (name,) = (name for name in names if not name.startswith("__") and not name.endswith("$async"))
     return name
 
@@ -76,9 +76,7 @@ def _reason(report: str) -> str:
     """One line of what `iree-compile` says: its errors, each once; else the last thing that it says."""
     lines = [line.strip() for line in report.splitlines() if line.strip()]
     errors = dict.fromkeys(line.partition("error: ")[2] for line in lines if "error: " in line)
-    return "iree-compile: " + (
-        "; ".join(errors) or next((line for line in lines if line.startswith("Error code")), lines[-1])
-    )
+    return "; ".join(errors) or next((line for line in lines if line.startswith("Error code")), lines[-1])
 
 
 @functools.cache

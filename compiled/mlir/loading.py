@@ -1,14 +1,40 @@
 """A region whose binary was made of an MLIR module, as a function like that of any other region."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from backends.errors import UserError
-from compiled.mlir.compilers import Compiler
-from compiled.regions import RegionSpec, RunFunction, TensorSpec
+from compiled.mlir.compilers import Compiler, find_compiler
+from compiled.regions import Region, RegionSpec, RunFunction, TensorSpec
+
+Read = Callable[[str, str], bytes]  # a member of the artifact, by its name and sha256
+
+
+def load_regions(
+    path: Path, target: Mapping[str, str], specs: Mapping[str, RegionSpec], read: Read
+) -> dict[str, Region]:
+    """The regions of the artifact at `path`, through the compiler that made their binaries."""
+    if "compiler" not in target:
+        raise UserError(
+            f"Artifact {path} holds modules of the dialect {target['dialect']} and no binaries, and cannot run. "
+            "Compile with compile.mlir.compiler=iree and dialect linalg, stablehlo or torch, or with a compiler of your own."
+        )
+    compiler = find_compiler(target["compiler"])
+    regions = {}
+    for name, spec in specs.items():
+        spec.inputs, spec.outputs = [_packed(each) for each in spec.inputs], [_packed(each) for each in spec.outputs]
+        regions[name] = Region(spec, load_region(spec, read(spec.file, spec.sha256), compiler))
+    return regions
+
+
+def _packed(spec: TensorSpec) -> TensorSpec:
+    """The same tensor lying row by row: MLIR's tensors have no strides."""
+    return dataclasses.replace(spec, stride=torch.empty(spec.shape, device="meta").stride())
 
 
 def load_region(spec: RegionSpec, binary: bytes, compiler: Compiler) -> RunFunction:

@@ -75,7 +75,10 @@ def roles_of(schedule: Schedule) -> Roles:
     """Region → name → role, of the model's and the optimizer's tensors, as the schedule names them."""
     roles: Roles = {}
     for entry in (schedule.embed, *schedule.blocks, schedule.head):
-        known: dict[str, Role] = {**dict.fromkeys(entry["parameters"], "parameter"), **dict.fromkeys(entry["state"], "state")}
+        known: dict[str, Role] = {
+            **dict.fromkeys(entry["parameters"], "parameter"),
+            **dict.fromkeys(entry["state"], "state"),
+        }
         known |= {f"new_{name}": "state" for name in entry["state"]}
         for part in ("forward", "backward", "evaluate", "train"):
             if entry.get(part):
