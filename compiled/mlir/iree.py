@@ -8,8 +8,10 @@ wrong values in silence where it reads an argument after it has begun to write i
 A process that has made a runtime must not fork: IREE's threads stay with the parent. Compiling makes none.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,10 +93,23 @@ def _device() -> Any:
     from iree.runtime import _binding, flags, get_driver
 
     flags.parse_flags(f"--task_topology_group_count={torch.get_num_threads()}")
-    device = get_driver("local-task").create_default_device()
+    with _not_seen_by_mpi():
+        device = get_driver("local-task").create_default_device()
     _binding.disable_leak_checker()
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(device))
     return device
+
+
+@contextlib.contextmanager
+def _not_seen_by_mpi() -> Iterator[None]:
+    """Without the variables of mpirun, at which IREE would look for an MPI library of its own and stop without one."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith(("OMPI_", "PMI_"))}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _lent(device: Any, tensor: Tensor) -> Any:
