@@ -140,7 +140,7 @@ class CompileConfig:
     output_dir: str = setting("outputs/artifacts", "where artifacts are written, and where run looks for one")
     arch: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compile for; auto: cuda where there is a GPU")
     target: Literal["inductor", "eager", "mlir"] = setting(
-        "inductor", "eager: plain autograd without an artifact; mlir: modules for any compiler"
+        "inductor", "eager: plain autograd, no artifact; mlir: for any compiler"
     )
     verbose: bool = setting(False, "print each region's graph size, saved activations, kernels, seconds")
     debug: bool = setting(False, "keep the graphs and the generated code in a folder")

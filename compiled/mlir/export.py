@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.metadata
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from compiled import lowering as inductor
@@ -13,6 +15,7 @@ from compiled.mlir.isolation import Outcome
 from compiled.mlir.lowering import MlirOptions, lower_regions
 from compiled.mlir.modules import ModuleSpec, module_of, roles_of
 from compiled.parallel import Report
+from compiled.regions import RegionSpec, TensorSpec
 from compiled.schedule import Schedule
 
 FOLDER = "mlir"
@@ -34,11 +37,12 @@ def module_files(
 
     outcomes = lower_regions(regions, options.dialect, options.limits, jobs, finished)
     roles = roles_of(schedule)
-    files, modules = {}, {}
+    files: dict[str, bytes] = {}
+    modules = {}
     for name, captured in regions.items():
         module = module_of(captured.spec, roles.get(name, {}))
         files |= _stored(module, outcomes[name])
-        captured.spec.file, captured.spec.sha256 = module.file, module.sha256
+        _describe(captured.spec, module)
         modules[name] = module.to_json()
     files |= _binaries(regions, outcomes, options, jobs)
     versions = {"torch-mlir": importlib.metadata.version("torch-mlir")}
@@ -61,6 +65,17 @@ def _binaries(
         spec.seconds = round(spec.seconds + outcome.seconds, 2)
         files[spec.file] = outcome.value
     return files
+
+
+def _describe(spec: RegionSpec, module: ModuleSpec) -> None:
+    """A module's tensors lie in memory row by row, whatever strides the trace saw."""
+    spec.file, spec.sha256 = module.file, module.sha256
+    spec.inputs, spec.outputs = [[_row_major(each) for each in side] for side in (spec.inputs, spec.outputs)]
+
+
+def _row_major(tensor: TensorSpec) -> TensorSpec:
+    stride = tuple(math.prod(tensor.shape[index + 1 :]) for index in range(len(tensor.shape)))
+    return replace(tensor, stride=stride)
 
 
 def _stored(module: ModuleSpec, outcome: Outcome) -> dict[str, bytes]:

@@ -12,7 +12,8 @@ def require_extra(*packages: str, what: str = "compile.target=mlir") -> None:
     missing = [name for name in packages if not _is_installed(name)]
     if missing:
         raise UserError(
-            f"{what} needs {', '.join(missing)}, which is not installed. Install the extra: pip install 'substrate[mlir]'."
+            f"{what} needs {', '.join(missing)}, which is not installed. "
+            f"Install the extra: pip install 'substrate[{EXTRA}]'."
         )
 
 

@@ -49,7 +49,7 @@ class Outcome:
 class _Running:
     def __init__(self, task: Task, limits: Limits) -> None:
         self.limits, self.started = limits, time.monotonic()
-        self.log = tempfile.TemporaryFile()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  closed by finish()
         self.receiver, sender = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
         self.process = context.Process(target=_work, args=(task, limits, self.log.fileno(), sender), daemon=False)
@@ -133,6 +133,7 @@ def _work(task: Task, limits: Limits, log: int, sender: Connection) -> NoReturn:
     torch.set_num_threads(1)  # a forked child must not enter an OpenMP region, whose threads stayed with the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _limit_memory(limits.memory_gb)
+    answer: tuple[Any, str | None]
     try:
         answer = (task(), None)
     except MemoryError:

@@ -1,6 +1,5 @@
 """A region whose binary was made of an MLIR module, as a function like that of any other region."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,9 @@ def load_regions(
             "Compile with compile.mlir.compiler=iree and dialect linalg, stablehlo or torch, or with a compiler of your own."
         )
     compiler = find_compiler(target["compiler"])
-    regions = {}
-    for name, spec in specs.items():
-        spec.inputs, spec.outputs = [_packed(each) for each in spec.inputs], [_packed(each) for each in spec.outputs]
-        regions[name] = Region(spec, load_region(spec, read(spec.file, spec.sha256), compiler))
-    return regions
-
-
-def _packed(spec: TensorSpec) -> TensorSpec:
-    """The same tensor lying row by row: MLIR's tensors have no strides."""
-    return dataclasses.replace(spec, stride=torch.empty(spec.shape, device="meta").stride())
+    return {
+        name: Region(spec, load_region(spec, read(spec.file, spec.sha256), compiler)) for name, spec in specs.items()
+    }
 
 
 def load_region(spec: RegionSpec, binary: bytes, compiler: Compiler) -> RunFunction:

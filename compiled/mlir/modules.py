@@ -75,18 +75,16 @@ def roles_of(schedule: Schedule) -> Roles:
     """Region → name → role, of the model's and the optimizer's tensors, as the schedule names them."""
     roles: Roles = {}
     for entry in (schedule.embed, *schedule.blocks, schedule.head):
-        known: dict[str, Role] = {
-            **dict.fromkeys(entry["parameters"], "parameter"),
-            **dict.fromkeys(entry["state"], "state"),
-        }
-        known |= {f"new_{name}": "state" for name in entry["state"]}
+        known: dict[str, Role] = dict.fromkeys(entry["parameters"], "parameter")
+        known.update(dict.fromkeys([*entry["state"], *(f"new_{name}" for name in entry["state"])], "state"))
         for part in ("forward", "backward", "evaluate", "train"):
             if entry.get(part):
                 roles.setdefault(entry[part], {}).update(known)
     for group in schedule.updates:
         known = dict.fromkeys(group["state"], "parameter")
         for parameter, states in group["state"].items():
-            known |= {f"master_{parameter}": "master"} | {f"{name}_{parameter}": "moment" for name in states}
+            known[f"master_{parameter}"] = "master"
+            known.update(dict.fromkeys([f"{name}_{parameter}" for name in states], "moment"))
         for region in (group["direct"], group["summed"], *group.get("totals", {}).values()):
             roles.setdefault(region, {}).update(known)
     return roles
