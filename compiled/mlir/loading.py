@@ -21,7 +21,7 @@ def load_regions(
     if "compiler" not in target:
         raise UserError(
             f"Artifact {path} holds modules of the dialect {target['dialect']} and no binaries, and cannot run. "
-            "Compile with compile.mlir.compiler=iree and dialect linalg, stablehlo or torch, or with a compiler of your own."
+            "Compile for dialect linalg, stablehlo or torch with compile.mlir.compiler=iree, or with your own compiler."
         )
     compiler = find_compiler(target["compiler"])
     return {
