@@ -16,11 +16,34 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     table = {
         aten._unsafe_masked_index_put_accumulate.default: _accumulate_rows,
         aten.slice_scatter.default: _slice_scatter,
-        aten.bitwise_xor.Scalar: lambda x, number: torch.bitwise_xor(x, torch.full_like(x, number)),
+        aten.bitwise_xor.Scalar: _with_tensor(torch.bitwise_xor),
+        aten.__lshift__.Scalar: _with_tensor(torch.bitwise_left_shift),
+        aten.__rshift__.Scalar: _with_tensor(torch.bitwise_right_shift),
+        aten.add.Tensor: _with_wide_tensor(torch.add),
+        aten.sub.Tensor: _with_wide_tensor(torch.sub),
     }
     if hasattr(prims, "fma"):  # it is there once Inductor's decompositions are, which a region was traced with
         table[prims.fma.default] = _fma
     return {**get_decomposition_table(), **table}
+
+
+Binary = Callable[[Tensor, Tensor], Tensor]
+
+
+def _with_tensor(function: Binary) -> Callable[[Tensor, int], Tensor]:
+    """Only the form with two tensors is lowered."""
+    return lambda x, number: function(x, torch.full_like(x, number))
+
+
+def _with_wide_tensor(function: Binary) -> Callable[..., Any]:
+    """The same for a number that does not fit 32 bits, as which TOSA takes numbers."""
+
+    def call(x: Tensor, other: Any, **options: Any) -> Any:
+        if options or not isinstance(other, int) or -(2**31) <= other < 2**31:
+            return NotImplemented
+        return function(x, torch.full_like(x, other))
+
+    return call
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

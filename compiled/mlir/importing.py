@@ -4,6 +4,7 @@ MLIR's tensors are values: an input that the region writes in place becomes a fu
 region's outputs and in the order of the inputs. What may reuse which memory is said beside the module, in the manifest.
 """
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from compiled.mlir.decompositions import decomposition_table
+from compiled.mlir.extra import require_extra
 
 Dialect = Literal["linalg", "stablehlo", "tosa", "torch"]
 DIALECTS: tuple[Dialect, ...] = ("linalg", "stablehlo", "tosa", "torch")
@@ -38,6 +40,29 @@ def import_region(
     if not module.operation.verify():
         raise RuntimeError(f"the verifier of MLIR refuses the {dialect} module")
     return str(module).encode()
+
+
+def to_bytecode(text: bytes) -> bytes:
+    """A module's text as MLIR bytecode."""
+    require_extra("torch_mlir", what="MLIR bytecode")
+    from torch_mlir._mlir_libs import _stablehlo
+    from torch_mlir.dialects import torch as torch_dialect
+    from torch_mlir.ir import Context, Module
+
+    with Context() as context:
+        torch_dialect.register_dialect(context)
+        _stablehlo.register_dialect(context)
+        file = io.BytesIO()
+        Module.parse(text).operation.write_bytecode(file)
+        return file.getvalue()
+
+
+def warm_up() -> None:
+    """What every import needs and takes a second: forked processes find it done. Makes no context of MLIR."""
+    import torch_mlir.fx
+
+    assert torch_mlir.fx.stateless_fx_import
+    pure_graph(lambda x: (x + 1,), [torch.zeros(1)], ())
 
 
 def pure_graph(graph: Callable[..., object], example_inputs: Sequence[Tensor], mutated: Sequence[int]) -> GraphModule:

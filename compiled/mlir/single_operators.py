@@ -1,28 +1,40 @@
 """A graph taken apart: each distinct operator as a graph of its own, to find those that a lowering refuses."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 
-def operator_name(node: Node) -> str:
-    """`aten.mm.default` of a node that calls it."""
-    return str(node.target)
+@dataclass(frozen=True)
+class Single:
+    """A graph of one operator (`aten.mm.default`); `key` tells apart those of other shapes, dtypes or numbers."""
+
+    key: str
+    operator: str
+    graph: GraphModule
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return [node.meta["val"] for node in self.graph.graph.nodes if node.op == "placeholder"]
 
 
-def single_operators(graph: GraphModule) -> Iterator[tuple[str, Node, GraphModule]]:
-    """Key, node and a graph of that node alone, for each operator called with other shapes, dtypes or numbers."""
+def single_operators(graph: GraphModule) -> Iterator[Single]:
+    """Every distinct operator of `graph`, in its order."""
     seen = set()
     for node in graph.graph.nodes:
         if node.op != "call_function" or not all(isinstance(each.meta["val"], Tensor) for each in node.all_input_nodes):
             continue  # one result of several: the operator before it is tried
-        key = f"{operator_name(node)}{_described(node.args)}{_described(node.kwargs)}"
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
+            continue  # a write in place becomes a result
+        key = f"{node.target}{_described(node.args)}{_described(node.kwargs)}"
         if key not in seen:
             seen.add(key)
-            yield key, node, _alone(node, graph)
+            yield Single(key, str(node.target), _alone(node, graph))
 
 
 def _alone(node: Node, owner: GraphModule) -> GraphModule:
