@@ -12,7 +12,7 @@ from torch import Tensor
 from backends.errors import UserError
 from backends.outside_class import outside_class
 
-BUILT_IN = {"iree": "compiled.mlir.iree:IreeCompiler"}
+BUILT_IN = {"iree": "compiled.mlir.iree_cpu:IreeCompiler"}
 
 # Dialects of which IREE takes the text that torch-mlir prints; its parser refuses that of TOSA.
 _IREE_TAKES = ("linalg", "stablehlo", "torch")

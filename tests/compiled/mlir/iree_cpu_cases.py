@@ -1,7 +1,7 @@
 """What runs through IREE, each in a process of its own: a process that has made IREE's runtime must not fork again, as
 pytest's may.
 
-python iree_cases.py NAME [ARGUMENT …]     prints what the function NAME returns, as JSON; its assertions are the test's
+python iree_cpu_cases.py NAME [ARGUMENT …]     prints what the function NAME returns, as JSON; its assertions are the test's
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compiled.mlir.iree import IreeCompiler, _device, _lent, _taken
+from compiled.mlir.iree_cpu import IreeCompiler, _device, _lent, _taken
 from compiled.mlir.loading import load_region
 from compiled.regions import Region, RegionSpec, RunFunction, TensorSpec
 

@@ -1,4 +1,4 @@
-"""IREE as compiler and runtime. What makes its runtime lies in iree_cases.py, and runs in a process of its own."""
+"""IREE as compiler and runtime. What makes its runtime lies in iree_cpu_cases.py, and runs in a process of its own."""
 
 import json
 import subprocess
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from compiled.mlir.compilers import CompileError
-from compiled.mlir.iree import IreeCompiler
+from compiled.mlir.iree_cpu import IreeCompiler
 from tests.compiled.conftest import Compile
 
 pytest.importorskip("iree.compiler", reason="needs the extra [mlir]")
 pytest.importorskip("iree.runtime", reason="needs the extra [mlir]")
-CASES = Path(__file__).with_name("iree_cases.py")
+CASES = Path(__file__).with_name("iree_cpu_cases.py")
 
 
 def case(name: str, *arguments: str) -> Any:
@@ -31,7 +31,7 @@ def test_tensors_and_results(name: str) -> None:
 
 
 def test_in_place_donation_is_wrong_and_would_be_noticed() -> None:
-    # should IREE learn to read an argument before it writes it, parameters need no second copy: see compiled/mlir/iree
+    # should IREE learn to read an argument before it writes it, parameters need no second copy: see compiled/mlir/iree_cpu
     assert case("donating") is False
 
 
