@@ -1,7 +1,7 @@
 """What runs through IREE, each in a process of its own: a process that has made IREE's runtime must not fork again, as
 pytest's may.
 
-python iree_cpu_cases.py NAME [ARGUMENT …]     prints what the function NAME returns, as JSON; its assertions are the test's
+python iree_cpu_cases.py NAME [ARGUMENT …]     prints what function NAME returns, as JSON; its assertions are a test's
 """
 
 import functools

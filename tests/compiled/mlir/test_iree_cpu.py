@@ -31,7 +31,7 @@ def test_tensors_and_results(name: str) -> None:
 
 
 def test_in_place_donation_is_wrong_and_would_be_noticed() -> None:
-    # should IREE learn to read an argument before it writes it, parameters need no second copy: see compiled/mlir/iree_cpu
+    # should IREE learn to read an argument before it writes it, parameters need no second copy
     assert case("donating") is False
 
 
