@@ -21,6 +21,7 @@ from compiled.spec import StepSpec
 from compiled.stages import Stage, StagedModel, make_stage, slots, structure
 
 Regions = dict[str, Captured]
+PAIRS = ("cuda",)  # kinds of device that read each other's memory
 
 
 @dataclass
@@ -85,7 +86,16 @@ def _capture_step(
 
     schedule.embed["lookup_rows"] = lookup_rows(embed, head)
     schedule.updates = add_updates(
-        regions, blocks, embed, head, spec.head_chunks, optimizers, policy, sources, spec.skips_nonfinite
+        regions,
+        blocks,
+        embed,
+        head,
+        spec.head_chunks,
+        optimizers,
+        policy,
+        sources,
+        spec.skips_nonfinite,
+        pairs=spec.device["kind"] in PAIRS,
     )
     return regions, schedule
 
