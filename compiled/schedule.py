@@ -46,7 +46,8 @@ def capture_step(
     """
     device_type = spec.device["kind"]
     sources = Sources(lowering.fake_mode(), torch.device(device_type))
-    with lowering.attention_context(device_type), lowering.quiet_torch():
+    as_products = spec.target.get("kind") == "mlir"
+    with lowering.attention_context(device_type, as_products=as_products), lowering.quiet_torch():
         return _capture_step(model, spec, optimizers, policy, sources)
 
 
