@@ -15,6 +15,8 @@ from compiled.capture_update import Optimizer
 from compiled.groups import describe_optimizers
 from compiled.mlir.export import module_files
 from compiled.mlir.lowering import MlirOptions
+from compiled.mlir.whole_step import WholeStep
+from compiled.mlir.whole_step_arguments import StepArguments
 from compiled.parallel import Report, lower_all
 from compiled.regions import RegionSpec
 from compiled.schedule import Schedule, capture_step
@@ -54,7 +56,11 @@ def build(
     if mlir is None:
         files |= _machine_code(regions, spec, workers, debug, report)
     else:
-        modules, parts["mlir"] = module_files(regions, schedule, mlir, workers, report)
+        whole = None
+        if mlir.whole_step:
+            arguments = StepArguments(regions, schedule, [name for name, _ in model.named_parameters()], policy)
+            whole = WholeStep(regions, schedule, arguments, skips=spec.skips_nonfinite)
+        modules, parts["mlir"] = module_files(regions, schedule, mlir, workers, report, whole)
         files |= modules
     manifest = {
         "spec": spec.to_json(),

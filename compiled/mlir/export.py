@@ -12,8 +12,9 @@ from compiled.capture import Captured
 from compiled.mlir.binaries import compile_modules
 from compiled.mlir.extra import require_extra
 from compiled.mlir.isolation import Outcome
-from compiled.mlir.lowering import MlirOptions, lower_regions
+from compiled.mlir.lowering import MlirOptions, lower_regions, lower_whole
 from compiled.mlir.modules import ModuleSpec, module_of, roles_of
+from compiled.mlir.whole_step import WholeStep
 from compiled.parallel import Report
 from compiled.regions import RegionSpec, TensorSpec
 from compiled.schedule import Schedule
@@ -22,9 +23,17 @@ FOLDER = "mlir"
 
 
 def module_files(
-    regions: Mapping[str, Captured], schedule: Schedule, options: MlirOptions, workers: int | None, report: Report
+    regions: Mapping[str, Captured],
+    schedule: Schedule,
+    options: MlirOptions,
+    workers: int | None,
+    report: Report,
+    whole: WholeStep | None = None,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Members by name, and the manifest's `mlir`: dialect, versions, modules. Fills in the regions' specs."""
+    """Members by name, and the manifest's `mlir`: dialect, versions, modules. Fills in the regions' specs.
+
+    `whole`: the step that is to be a module of its own, beside the regions.
+    """
     require_extra("torch_mlir")
     jobs = min(workers or inductor.compile_threads(), len(regions))
     done = 0
@@ -45,6 +54,10 @@ def module_files(
         _describe(captured.spec, module)
         modules[name] = module.to_json()
     files |= _binaries(regions, outcomes, options, jobs)
+    if whole is not None:
+        module = whole.arguments.module()
+        files |= _stored(module, lower_whole(whole, options.dialect, options.limits))
+        modules[module.name] = module.to_json()
     versions = {"torch-mlir": importlib.metadata.version("torch-mlir")}
     return files, {"dialect": options.dialect, "versions": versions, "modules": modules}
 

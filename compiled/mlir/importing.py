@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from compiled.mlir.decompositions import decomposition_table
@@ -21,7 +22,7 @@ _OUTPUT_TYPES = {"linalg": "linalg-on-tensors", "stablehlo": "stablehlo", "tosa"
 
 
 def import_region(
-    graph: GraphModule,
+    graph: Callable[..., object],
     example_inputs: Sequence[Tensor],
     dialect: Dialect,
     *,
@@ -30,8 +31,9 @@ def import_region(
 ) -> bytes:
     """The module's text. Function `name` takes the inputs in their order and gives graph's outputs, then new values.
 
-    `example_inputs` (real or fake) fix shapes and dtypes; `mutated`: positions of the inputs that the graph writes.
-    Whatever torch-mlir raises is raised; it may also crash, so that `lowering.py` calls this in a process of its own.
+    `graph`: a GraphModule, or any function that can be traced. `example_inputs` fix shapes and dtypes, whether they
+    are real, fake or meta; `mutated`: positions of the inputs that the graph writes. Whatever torch-mlir raises is
+    raised; it may also crash, so that `lowering.py` calls this in a process of its own.
     """
     from torch_mlir.fx import stateless_fx_import
 
@@ -76,8 +78,9 @@ def pure_graph(graph: Callable[..., object], example_inputs: Sequence[Tensor], m
         assert isinstance(outputs, tuple | list)
         return (*outputs, *(values[index] for index in mutated))
 
-    # fakes of another mode, and those that want a gradient, cannot be traced again
-    inputs = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype) for each in example_inputs]
+    # fakes of another mode, and those that want a gradient, cannot be traced again; a table that is baked in is real
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype) for each in example_inputs]
     with torch.no_grad():
         traced = make_fx(
             functionalize(pure, remove="mutations"), decomposition_table=decomposition_table(), tracing_mode="fake"

@@ -14,6 +14,8 @@ from compiled.mlir.importing import Dialect, import_region, warm_up
 from compiled.mlir.isolation import Limits, Outcome, run_isolated
 from compiled.mlir.modules import mutated_positions
 from compiled.mlir.single_operators import Single, single_operators
+from compiled.mlir.whole_step import WholeStep
+from compiled.mlir.whole_step_arguments import NAME
 
 Report = Callable[[str, Outcome], None]
 
@@ -57,6 +59,15 @@ def lower_regions(
         graphs = {name: regions[name].graph for name in failed}
         raise _refusal(failed, unsupported(graphs, dialect, limits), dialect)
     return outcomes
+
+
+def lower_whole(step: WholeStep, dialect: Dialect, limits: Limits) -> Outcome:
+    """The whole step's module; its operators are those of the regions, which have been lowered before it."""
+    task = functools.partial(import_region, step, step.arguments.examples(), dialect, name=NAME)
+    outcome = run_isolated({NAME: task}, limits)[NAME]
+    if outcome.problem:
+        raise _refusal({NAME: outcome}, {}, dialect)
+    return outcome
 
 
 def unsupported(graphs: Mapping[str, GraphModule], dialect: Dialect, limits: Limits) -> dict[str, Refused]:
