@@ -26,6 +26,7 @@ class MlirOptions:
 
     dialect: Dialect = "linalg"
     whole_step: bool = False
+    compiler: str | None = None  # what makes binaries of the modules, as `find_compiler` knows it
     limits: Limits = field(default_factory=Limits)
 
 
