@@ -53,11 +53,11 @@ def module_files(
         files |= _stored(module, outcomes[name])
         _describe(captured.spec, module)
         modules[name] = module.to_json()
+    files |= _binaries(regions, outcomes, options, jobs)
     if whole is not None:
         module = whole.arguments.module()
         files |= _stored(module, lower_whole(whole, options.dialect, options.limits))
         modules[module.name] = module.to_json()
-    files |= _binaries(regions, outcomes, options, jobs)
     versions = {"torch-mlir": importlib.metadata.version("torch-mlir")}
     return files, {"dialect": options.dialect, "versions": versions, "modules": modules}
 
