@@ -90,4 +90,6 @@ def attributes_text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int):
         return f"{value} : i64"
-    return f"{value:.17e} : f64" if isinstance(value, float) else json.dumps(str(value))
+    if isinstance(value, float):
+        return f"{value:.17e} : f64"
+    return re.sub(r"\\u00([0-9a-f]{2})", r"\\\1", json.dumps(str(value), ensure_ascii=False))
