@@ -8,9 +8,9 @@ import fcntl
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 
@@ -27,10 +27,12 @@ def main(compiler: str, folder: Path, arguments: list[str]) -> int:
             ended = subprocess.run([compiler, *arguments], check=False).returncode
             if ended or not output.is_file():
                 return ended
-            shutil.copy(output, f"{kept}.part")
+            Path(f"{kept}.part").write_bytes(zlib.compress(output.read_bytes(), 1))  # a fifth of 4 MB
             os.rename(f"{kept}.part", kept)
             return 0
-    shutil.copy(kept, output)
+    output.write_bytes(zlib.decompress(kept.read_bytes()))
+    if output.suffix == ".so":
+        output.chmod(0o755)
     return 0
 
 
