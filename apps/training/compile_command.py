@@ -32,6 +32,7 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
             plan.spec,
             plan.optimizers,
             plan.precision,
+            teacher=plan.bare_teacher(),
             routing=plan.routing.to_json(),
             workers=config.compile.workers,
             debug=debug,
