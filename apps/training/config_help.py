@@ -52,7 +52,7 @@ def _section(schema: type, name: str, outside: str | None) -> str:
     packages = [field.metadata["plugin"] for field in dataclasses.fields(kind) if "plugin" in field.metadata]
     own = [field.name for field in dataclasses.fields(kind) if "plugin" not in field.metadata]
     keys = keys_of(kind, prefix=f"{name}.")  # type: ignore[arg-type]
-    lines += [_line(keys[f"{name}.{field}"]) for field in own]
+    lines += [_line(key) for path, key in keys.items() if path.split(".")[1] in own]
     for package in packages:
         for plugin in (*import_module(package).available(), *([outside] if outside else [])):
             lines += ["", f"{name}={plugin}"]
