@@ -3,11 +3,13 @@
     python apps/inspect_artifact.py outputs/artifacts/FILE.substrate
     python apps/inspect_artifact.py FILE region=block_0_forward
     python apps/inspect_artifact.py FILE extract_dir=DIR
+    python apps/inspect_artifact.py FILE --mlir DIR [mlir_format=bytecode]
 
 Without a region: what the step was compiled for, which backend computes which layer, its regions, and the schedule that
 runs them. With one: its inputs and outputs by name with shape, dtype and stride, and its traced graph. `extract_dir`
-writes every member (manifest, graphs, machine code) into a folder. The file is verified first: a truncated or altered
-one is refused.
+writes every member (manifest, graphs, machine code) into a folder. `--mlir` writes the modules of an artifact of
+compile.target=mlir, and `modules.json`: every argument and result of each by name, role, dtype and shape. The file is
+verified first: a truncated or altered one is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if not __package__:  # started as a file: make the repository importable from wherever we were started
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,11 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Print what an artifact holds: inspect_artifact.py FILE [region=NAME] [extract_dir=DIR]."""
+    """Print what an artifact holds: inspect_artifact.py FILE [region=NAME] [extract_dir=DIR] [--mlir DIR]."""
 
     file: str = setting(help="the artifact; `FILE` alone is short for file=FILE")
     region: str | None = setting(None, "show one region: inputs, outputs and graph")
     extract_dir: str | None = setting(None, "write every member of the artifact into this new folder")
+    mlir: str | None = setting(None, "write its MLIR modules into this new folder; also written --mlir DIR")
+    mlir_format: Literal["text", "bytecode"] = setting("text", "form of the modules; bytecode needs the extra [mlir]")
 
 
 def program(argv: Sequence[str]) -> int:
@@ -46,15 +50,25 @@ def program(argv: Sequence[str]) -> int:
     artifact = open_artifact(Path(config.file))
     if config.region is not None:
         print(region_text(artifact, config.region))
-    elif config.extract_dir is None:
+    elif config.extract_dir is None and config.mlir is None:
         print(artifact_text(artifact))
     if config.extract_dir is not None:
         extract(artifact, Path(config.extract_dir))
+    if config.mlir is not None:
+        extract_modules(artifact, Path(config.mlir), as_bytecode=config.mlir_format == "bytecode")
     return 0
 
 
 def with_file(argv: Sequence[str]) -> list[str]:
-    """`FILE` written alone becomes `file=FILE`; a path may hold a "=" when it names an existing file."""
+    """`FILE` written alone becomes `file=FILE`; a path may hold a "=" when it names an existing file.
+
+    `--mlir DIR` becomes `mlir=DIR`.
+    """
+    if "--mlir" in argv:
+        at = argv.index("--mlir")
+        if at + 1 == len(argv):
+            raise UserError("--mlir has no folder. Expected inspect_artifact.py FILE --mlir DIR.")
+        argv = [*argv[:at], f"mlir={argv[at + 1]}", *argv[at + 2 :]]
     plain = [argument for argument in argv if not argument.startswith("-")]
     bare = [argument for argument in plain if "=" not in argument or Path(argument).is_file()]
     if len(bare) > 1:
@@ -143,6 +157,26 @@ def extract(artifact: Artifact, folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(read_member(artifact, name))
     print(f"Extracted {len(artifact.manifest['members']) + 1} files to {folder}")
+
+
+def extract_modules(artifact: Artifact, folder: Path, *, as_bytecode: bool) -> None:
+    """Write every MLIR module and what the manifest says of them into a new folder, all or nothing."""
+    import json
+
+    from apps.training.files import atomic_folder
+    from compiled.artifact import read_member
+    from compiled.mlir.importing import to_bytecode
+
+    if "mlir" not in artifact.manifest:
+        raise UserError(f"Artifact {artifact.path} holds no MLIR modules. Compile one with compile.target=mlir.")
+    about = artifact.manifest["mlir"]
+    with atomic_folder(folder) as target:
+        for module in about["modules"].values():
+            content = read_member(artifact, module["file"])
+            suffix = ".mlirbc" if as_bytecode else ".mlir"
+            (target / f"{module['name']}{suffix}").write_bytes(to_bytecode(content) if as_bytecode else content)
+        (target / "modules.json").write_text(json.dumps(about, indent=1))
+    print(f"Extracted {len(about['modules'])} modules ({about['dialect']}) to {folder}")
 
 
 def _shown(value: object) -> str:

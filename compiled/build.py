@@ -10,8 +10,13 @@ from typing import Any
 from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.artifact import pack
+from compiled.capture import Captured
 from compiled.capture_update import Optimizer
 from compiled.groups import describe_optimizers
+from compiled.mlir.export import module_files
+from compiled.mlir.lowering import MlirOptions
+from compiled.mlir.whole_step import WholeStep
+from compiled.mlir.whole_step_arguments import StepArguments
 from compiled.parallel import Report, lower_all
 from compiled.regions import RegionSpec
 from compiled.schedule import Schedule, capture_step
@@ -30,6 +35,7 @@ def build(
     workers: int | None = None,
     debug: Path | None = None,
     report: Report = lambda spec, done, total: None,
+    mlir: MlirOptions | None = None,
 ) -> bytes:
     """Compile the train step of `model` (on the meta device) for `spec` and return the artifact's bytes.
 
@@ -37,27 +43,27 @@ def build(
     device too, whose predictions are learned. `routing`: the rows of the plan that gave
     every layer its backend, for people who inspect the artifact; what a run is compared with is in `spec`. `workers`
     processes lower regions side by side (None: one for each core). `debug` keeps graphs and generated code in that
-    folder.
+    folder. `mlir`: modules for another compiler in place of machine code.
     """
     started = time.perf_counter()
-    lowering.require_compiler(spec.device["kind"])
+    if mlir is None:
+        lowering.require_compiler(spec.device["kind"])
     with lowering.determinism(spec.deterministic):
         regions, schedule = capture_step(model, spec, optimizers, policy, teacher)
     specs = {name: captured.spec for name, captured in regions.items()}
     files = {f"graphs/{name}.txt": lowering.graph_text(captured.graph).encode() for name, captured in regions.items()}
     if debug is not None:
         _keep(debug, files)
-    with (
-        tempfile.TemporaryDirectory(prefix="substrate-compile-") as folder,
-        lowering.determinism(spec.deterministic),
-    ):
-        lower_all(regions, spec.device["kind"], Path(folder), workers, debug, report)
-        for name, region in specs.items():
-            region.file = f"regions/{name}"
-            files[region.file] = (Path(folder) / name).read_bytes()
-            region.sha256 = hashlib.sha256(files[region.file]).hexdigest()
-    for name, content in lowering.host_modules(spec.device["kind"]).items():
-        files[f"host/{name}"] = content
+    parts = {}
+    if mlir is None:
+        files |= _machine_code(regions, spec, workers, debug, report)
+    else:
+        whole = None
+        if mlir.whole_step:
+            arguments = StepArguments(regions, schedule, [name for name, _ in model.named_parameters()], policy)
+            whole = WholeStep(regions, schedule, arguments, skips=spec.skips_nonfinite)
+        modules, parts["mlir"] = module_files(regions, schedule, mlir, workers, report, whole)
+        files |= modules
     manifest = {
         "spec": spec.to_json(),
         "routing": list(routing),
@@ -69,8 +75,29 @@ def build(
         "cost": step_cost(specs, schedule, spec),
         "teacher_bytes": 0 if teacher is None else sum(each.nbytes for _, each in teacher.named_parameters()),
         "compile_seconds": round(time.perf_counter() - started, 2),
+        **parts,
     }
     return pack(manifest, sorted(files.items()))
+
+
+def _machine_code(
+    regions: Mapping[str, Captured], spec: StepSpec, workers: int | None, debug: Path | None, report: Report
+) -> dict[str, bytes]:
+    """Lower every region; the artifact's members, with their names and digests filled in in the regions' specs."""
+    files = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="substrate-compile-") as folder,
+        lowering.determinism(spec.deterministic),
+    ):
+        lower_all(dict(regions), spec.device["kind"], Path(folder), workers, debug, report)
+        for name, captured in regions.items():
+            region = captured.spec
+            region.file = f"regions/{name}"
+            files[region.file] = (Path(folder) / name).read_bytes()
+            region.sha256 = hashlib.sha256(files[region.file]).hexdigest()
+    for name, content in lowering.host_modules(spec.device["kind"]).items():
+        files[f"host/{name}"] = content
+    return files
 
 
 def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec) -> dict[str, int]:

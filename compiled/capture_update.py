@@ -65,7 +65,8 @@ class UpdateCapture:
     last `totals`, the sums over all groups, where a rule wants some. Arithmetic is done in at least float32.
 
     `totals`: all sums of the step, as `totals_of` gives them. `skips`: a grad_coef that is not finite leaves everything
-    as it is.
+    as it is. `pairs`: each gradient comes in two parts, `grad_p` and `addend_p`, of its dtype, which are summed in at
+    least float32: two workers' gradients need no pass over memory of their own to be added up.
     """
 
     def __init__(
@@ -78,8 +79,9 @@ class UpdateCapture:
         columns: int,
         totals: Sequence[tuple[str, str]] = (),
         skips: bool = False,
+        pairs: bool = False,
     ) -> None:
-        self.skips = skips
+        self.skips, self.pairs = skips, pairs
         self.parameters, self.policy, self.columns, self.totals = parameters, policy, columns, list(totals)
         self.with_master = policy.master != "none"
         self.work = accumulation_dtype(as_torch(policy.master if self.with_master else policy.parameters))
@@ -94,7 +96,8 @@ class UpdateCapture:
         self.mutated: list[str] = []
         for name, tensor in parameters.items():
             self.inputs[name] = sources.like(tensor)
-            self.inputs[f"grad_{name}"] = sources.empty(tensor.shape, gradient_dtypes[name])
+            for part in ("grad", "addend") if pairs else ("grad",):
+                self.inputs[f"{part}_{name}"] = sources.empty(tensor.shape, gradient_dtypes[name])
             for state, shape in self.states[name].items():
                 self.inputs[f"{state}_{name}"] = sources.empty(shape, as_torch(policy.moments))
             if self.with_master:
@@ -144,13 +147,20 @@ class UpdateCapture:
         table = named["hyperparameters"]
         return (
             {each: named[f"master_{each}" if self.with_master else each].to(work) for each in members},
-            {each: named[f"grad_{each}"].to(work) * named["grad_coef"] for each in members},
+            {each: self._gradient(named, each).to(work) * named["grad_coef"] for each in members},
             {each: {key: named[f"{key}_{each}"].to(work) for key in self.states[each]} for each in members},
             {
                 each: {key: table[rows[each], column] for column, key in enumerate(rule.hyperparameter_names)} | sums
                 for each in members
             },
         )
+
+    def _gradient(self, named: Mapping[str, Tensor], name: str) -> Tensor:
+        gradient = named[f"grad_{name}"]
+        if not self.pairs:
+            return gradient
+        wide = accumulation_dtype(gradient.dtype)
+        return gradient.to(wide) + named[f"addend_{name}"].to(wide)
 
     def _store(self, named: Mapping[str, Tensor], name: str, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
         applied = torch.isfinite(named["grad_coef"]) if self.skips else None

@@ -6,7 +6,7 @@ embedding, since both uses add to its gradient.
 
 A group's gradients come in the dtype its backward gives; gradients summed over microbatches come in at least float32.
 Where the two differ (bfloat16 parameters) a group has two regions, `direct` and `summed`, so that accumulation stays a
-matter of the run.
+matter of the run. On a GPU there is a third, `paired`: it takes two workers' direct gradients and adds them itself.
 """
 
 import math
@@ -93,23 +93,26 @@ def add_updates(
     policy: PrecisionPolicy,
     sources: Sources,
     skips: bool = False,
+    pairs: bool = False,
 ) -> list[dict[str, Any]]:
     """Capture the update of every distinct group; returns a schedule entry for each block, the head, the embedding.
 
-    `optimizers`: the rule of each trained parameter, by its full name. `skips`: as for `UpdateCapture`.
+    `optimizers`: the rule of each trained parameter, by its full name. `skips`: as for `UpdateCapture`. `pairs`: with
+    regions that add two workers' gradients.
     """
     known: dict[str, dict[str, Any]] = {}
     entries = []
     totals = totals_of(optimizers.values())
     columns = max((len(each.hyperparameter_names) for each in optimizers.values()), default=0)
     columns += COLUMNS if policy.rounding == "stochastic" else 0
+    pairs = pairs and not totals and not skips  # these look at all summed gradients before an update
     ends = {"update_head": head_group(embed, head, chunks), "update_embed": embed_group(embed, head)}
     for label, group in [*((None, block_group(block)) for block in blocks), *ends.items()]:
         rules = {local: optimizers[full] for local, full in group.names.items()}
         kind = repr((group.shapes, group.direct, [rule.key for rule in rules.values()]))
         if kind not in known:
             label = label or f"update_{len(known)}"
-            known[kind] = _capture_group(regions, label, group, rules, policy, sources, columns, totals, skips)
+            known[kind] = _capture_group(regions, label, group, rules, policy, sources, columns, totals, skips, pairs)
         entries.append(known[kind] | {"parameters": group.names})
     return entries
 
@@ -124,6 +127,7 @@ def _capture_group(
     columns: int,
     totals: Sequence[tuple[str, str]],
     skips: bool,
+    pairs: bool,
 ) -> dict[str, Any]:
     """The regions of a group, and the shapes of its parameters' state."""
     if not group.shapes:
@@ -138,6 +142,10 @@ def _capture_group(
         regions[name] = capture.update(name)
         if wants_sums:
             regions[f"total_{name}"] = capture.total(f"total_{name}")
+    if pairs:
+        entry["paired"] = name = f"{label}_paired"
+        capture = UpdateCapture(rules, tensors, group.direct, policy, sources, columns, totals, skips, pairs=True)
+        regions[name] = capture.update(name)
     return entry | ({"totals": {key: f"total_{entry[key]}" for key in ("direct", "summed")}} if wants_sums else {})
 
 

@@ -99,6 +99,8 @@ class CompiledProgram:
         skips = self.spec["skips_nonfinite"]
         gathers = skips or max_grad_norm is not None or self.updater.totals is not None
         self.measuring.start()
+        looks = gathers or max_grad_value is not None or self.measuring.measures  # at gradients, before their update
+        pairs = self.updater.adds_pairs and not looks and len(microbatches) == 1
 
         def update(groups: Iterable[tuple[int, Gradients]], coefficient: Tensor) -> None:
             self.measuring.enter("reduce")
@@ -110,24 +112,19 @@ class CompiledProgram:
 
         def on_start() -> None:
             if not gathers:
-                update(self.reducer.finished(everything=False), self.updater.one)
+                update(self.reducer.finished(everything=False, pairs=pairs), self.updater.one)
                 self.measuring.enter("backward")
 
         statistics = Statistics(self.binding.tensors)
         loss = self._sum_gradients(microbatches, on_start, statistics)
         self.measuring.enter("reduce")
         verdict = Verdict(None, self.updater.one, None)
-        summed = self.reducer.finished(everything=True)
+        summed = self.reducer.finished(everything=True, pairs=pairs)
         if gathers:
             gathered = list(summed)
             loss = self.reducer.sum_(loss) if skips else loss
-            verdict = judge(
-                self.updater,
-                [gradients for _, gradients in gathered],
-                max_norm=max_grad_norm,
-                max_value=max_grad_value,
-                loss=loss if skips else None,
-            )
+            found, judged = [gradients for _, gradients in gathered], loss if skips else None
+            verdict = judge(self.updater, found, max_norm=max_grad_norm, max_value=max_grad_value, loss=judged)
             self.updater.total(gathered, hyper, verdict.coefficient, wide=wide)
             summed = iter(gathered)
         update(summed, verdict.coefficient)

@@ -8,7 +8,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-Gradients = dict[str, Tensor]  # by the model's parameter name
+Gradients = dict[str, Tensor]  # by the model's parameter name; one that is still a sum of two has both, see `addend`
+
+
+def addend(name: str) -> str:
+    """Under what name the other worker's gradient of parameter `name` stands, where the update shall add the two."""
+    return f"+{name}"
 
 
 class Reducer(Protocol):
@@ -33,10 +38,11 @@ class Reducer(Protocol):
     def start(self, group: int, gradients: Gradients) -> None:
         """Begin to sum; the tensors, and the dict, belong to the reducer from here on."""
 
-    def finished(self, *, everything: bool) -> Iterator[tuple[int, Gradients]]:
+    def finished(self, *, everything: bool, pairs: bool = False) -> Iterator[tuple[int, Gradients]]:
         """Groups summed so far (no gradients for one that another worker owns); with `everything`, waits for the rest.
 
-        Every worker has to ask at the same points of its step.
+        `pairs`: a group of which two workers have a part may come as both, in the dtype in which it was started, and
+        only until the next one is asked for. Every worker has to ask at the same points of its step.
         """
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -72,7 +78,7 @@ class OneWorker:
     def start(self, group: int, gradients: Gradients) -> None:
         self._summed.append((group, gradients))
 
-    def finished(self, *, everything: bool) -> Iterator[tuple[int, Gradients]]:
+    def finished(self, *, everything: bool, pairs: bool = False) -> Iterator[tuple[int, Gradients]]:
         while self._summed:
             yield self._summed.pop(0)
 

@@ -22,6 +22,7 @@ from compiled.spec import StepSpec
 from compiled.stages import Stage, StagedModel, make_stage, slots, structure
 
 Regions = dict[str, Captured]
+PAIRS = ("cuda",)  # kinds of device that read each other's memory
 
 
 @dataclass
@@ -52,7 +53,8 @@ def capture_step(
     """
     device_type = spec.device["kind"]
     sources = Sources(lowering.fake_mode(), torch.device(device_type))
-    with lowering.attention_context(device_type), lowering.quiet_torch():
+    as_products = spec.target.get("kind") == "mlir"
+    with lowering.attention_context(device_type, as_products=as_products), lowering.quiet_torch():
         return _capture_step(model, spec, optimizers, policy, sources, teacher)
 
 
@@ -98,7 +100,16 @@ def _capture_step(
 
     schedule.embed["lookup_rows"] = lookup_rows(embed, head)
     schedule.updates = add_updates(
-        regions, blocks, embed, head, spec.head_chunks, optimizers, policy, sources, spec.skips_nonfinite
+        regions,
+        blocks,
+        embed,
+        head,
+        spec.head_chunks,
+        optimizers,
+        policy,
+        sources,
+        spec.skips_nonfinite,
+        pairs=spec.device["kind"] in PAIRS,
     )
     return regions, schedule
 

@@ -59,6 +59,7 @@ class StepSpec:
     skips_nonfinite: bool = False  # the update can be told to leave everything as it is
     loss_terms: list[str] = field(default_factory=list)  # what is minimised beside cross entropy: objective.TERMS
     teacher: dict[str, Any] = field(default_factory=dict)  # the shape of the model whose predictions are learned too
+    target: dict[str, Any] = field(default_factory=dict)  # {} machine code by Inductor; else kind (mlir), dialect, …
 
     def to_json(self) -> dict[str, Any]:
         # through JSON once, so that a spec just made compares equal to one read from a file

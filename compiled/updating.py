@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from backends.errors import UserError
 from compiled.binding import Binding
 from compiled.measuring import Measuring, Unmeasured
-from compiled.reduction import Gradients, Reducer
+from compiled.reduction import Gradients, Reducer, addend
 
 
 class Updater:
@@ -36,6 +36,7 @@ class Updater:
         self.device = next(model.parameters()).device
         row_of = {name: row for row, name in enumerate(parameters)}
         self._rows = [self._row_index([row_of[full] for full in entry["parameters"].values()]) for entry in self.groups]
+        self.adds_pairs = all(entry["direct"] is None or "paired" in entry for entry in self.groups)
         reducer.assign([sum(parameters[full].nbytes for full in entry["parameters"].values()) for entry in self.groups])
         mine = [entry for index, entry in enumerate(self.groups) if reducer.owns(index)]
         shapes = {full: entry["state"][local] for entry in mine for local, full in entry["parameters"].items()}
@@ -69,9 +70,13 @@ class Updater:
     def update(
         self, group: int, gradients: Gradients, hyperparameters: Tensor, coefficient: Tensor, *, wide: bool
     ) -> None:
-        """Update one group in place, and let the other workers have it. `wide`: gradients in at least float32."""
+        """Update one group in place, and let the other workers have it.
+
+        `wide`: gradients in at least float32, unless two workers' come as they are.
+        """
         entry = self.groups[group]
-        region = entry["summed" if wide else "direct"]
+        is_pair = any(addend(name) in gradients for name in entry["parameters"].values())
+        region = entry["paired" if is_pair else "summed" if wide else "direct"]
         if region is None:
             return
         if self.reducer.owns(group):
@@ -103,6 +108,7 @@ class Updater:
         for local, full in self.groups[group]["parameters"].items():
             inputs[local], inputs[f"grad_{local}"] = self.binding.tensors[full], gradients[full]
             inputs |= {f"{state}_{local}": tensor for state, tensor in self.state[full].items()}
+            inputs |= {f"addend_{local}": gradients[addend(full)]} if addend(full) in gradients else {}
         return inputs
 
     def norm(self, gathered: Iterable[Gradients]) -> Tensor:

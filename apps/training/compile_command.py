@@ -12,6 +12,9 @@ from apps.training.step_plan import StepPlan
 from backends.routing_table import count_text, plain_table
 from compiled.artifact import Artifact, open_artifact
 from compiled.build import build
+from compiled.mlir.extra import require_extra
+from compiled.mlir.isolation import Limits
+from compiled.mlir.lowering import MlirOptions
 from compiled.regions import RegionSpec
 
 
@@ -19,6 +22,8 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
     """Compile the planned step into `compile.output_dir`; nothing is left there when it fails."""
     target = Path(config.compile.output_dir) / plan.spec.file_name
     require_writable(target.parent, "compile.output_dir")  # before the work, not after it
+    if config.compile.target == "mlir":
+        require_extra("torch_mlir")
     debug = debug_folder(target) if config.compile.debug else None
     # from before the tracing, so that the first region's time counts; how many there are is known with the first
     with Progress(None, "Compiling", "regions", mode=config.logging.progress) as progress:
@@ -37,10 +42,20 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
             workers=config.compile.workers,
             debug=debug,
             report=report,
+            mlir=mlir_options(config),
         )
     with atomic_path(target) as temporary:
         temporary.write_bytes(content)
     return open_artifact(target)
+
+
+def mlir_options(config: TrainConfig) -> MlirOptions | None:
+    """What compile.mlir says, for `compile.target=mlir`; None for machine code."""
+    if config.compile.target != "mlir":
+        return None
+    settings = config.compile.mlir
+    limits = Limits(settings.timeout_s, settings.memory_gb)
+    return MlirOptions(settings.dialect, settings.whole_step, limits)
 
 
 def debug_folder(artifact: Path) -> Path:

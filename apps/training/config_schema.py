@@ -135,15 +135,26 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MlirConfig:
+    dialect: Literal["linalg", "stablehlo", "tosa", "torch"] = setting("linalg", "dialect of the modules")
+    whole_step: bool = setting(False, "one module of the whole step too: forward, backward, update")
+    timeout_s: float = setting(600.0, "seconds that lowering one module may take", above=0)
+    memory_gb: float = setting(16.0, "GiB of memory that lowering one module may take", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompileConfig:
     output_dir: str = setting("outputs/artifacts", "where artifacts are written, and where run looks for one")
     arch: Literal["auto", "cpu", "cuda"] = setting("auto", "device to compile for; auto: cuda where there is a GPU")
-    target: Literal["inductor", "eager"] = setting("inductor", "eager: plain autograd without an artifact")
+    target: Literal["inductor", "eager", "mlir"] = setting(
+        "inductor", "eager: plain autograd, no artifact; mlir: for any compiler"
+    )
     verbose: bool = setting(False, "print each region's graph size, saved activations, kernels, seconds")
     debug: bool = setting(False, "keep the graphs and the generated code in a folder")
     recompute: Literal["none", "block"] = setting("none", "block: keep a block's input only, recompute the rest")
     head_chunks: int | None = setting(None, "pieces the loss is computed in; null: chosen from the sizes", at_least=1)
     workers: int | None = setting(None, "regions compiled at a time; null: one for each core", at_least=1)
+    mlir: MlirConfig = field(default_factory=MlirConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ _NOT_IN_GRAPH = frozenset(
     "problem_type chunk_size_feed_forward is_encoder_decoder pretraining_tp attention_dropout".split()
 )
 # Settings of the sections above that an artifact does not depend on, or that are written out anyway.
-_NOT_COMPILED = ("max_seq_length", "verbose", "debug", "workers", "calibrate_steps", "merge")
+_NOT_COMPILED = (
+    *("max_seq_length", "verbose", "debug", "workers", "calibrate_steps", "merge"),
+    *("mlir.whole_step", "mlir.timeout_s", "mlir.memory_gb"),
+)
 # Bytes of float32 logits a chunk of the loss may take: small enough to stay near the processor, large enough for its
 # products.
 _LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
@@ -111,7 +114,8 @@ class StepPlan:
 
 def plan_step(config: TrainConfig) -> StepPlan:
     """Read the model's config (never its weights), route it, and say what the step is compiled for."""
-    kind = device_kind(config.compile.arch)
+    target = config.compile.target
+    kind = "cpu" if target == "mlir" else device_kind(config.compile.arch)
     name, model_config = read_model_config(config)
     model = modelzoo.build_meta(model_config, dtype=config.model.dtype)
     routing = route(model, config.backend.rules, config.backend.default)
@@ -138,6 +142,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         skips_nonfinite=config.training.max_nonfinite_steps > 0,
         loss_terms=list(loss_terms(config.training)),
         teacher={} if teacher is None else _graph_fields(teacher),
+        target={"kind": "mlir", "dialect": config.compile.mlir.dialect} if target == "mlir" else {},
     )
     return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec, teacher)
 
@@ -195,7 +200,7 @@ def head_chunks(asked: int | None, tokens: int, vocab_size: int, kind: str) -> i
 def compile_command(config: TrainConfig) -> str:
     """The command that compiles the artifact this run needs, ready to paste."""
     sections = ("model", "compile", "backend", "lora")
-    defaults = {section: type(getattr(config, section))() for section in sections}
+    defaults = {section: vars_of(type(getattr(config, section))()) for section in sections}
     arguments = ["command=compile"]
     for key in ("config_name", "model_name_or_path"):
         if getattr(config.checkpoint, key) is not None:
@@ -206,7 +211,7 @@ def compile_command(config: TrainConfig) -> str:
     ]
     for section, default in defaults.items():
         for key, value in vars_of(getattr(config, section)).items():
-            if value != getattr(default, key) and key not in _NOT_COMPILED:
+            if value != default[key] and key not in _NOT_COMPILED:
                 arguments.append(f"{section}.{key}={written(value)}")
     arguments += ["training.deterministic=true"] if config.training.deterministic else []
     skipping = config.training.max_nonfinite_steps
@@ -228,8 +233,15 @@ def compile_command(config: TrainConfig) -> str:
 
 
 def vars_of(settings: Any) -> dict[str, Any]:
-    """The fields of one section by name."""
-    return {name: getattr(settings, name) for name in type(settings).__dataclass_fields__}
+    """The fields of one section by name, those of a section inside it by `section.name`."""
+    fields: dict[str, Any] = {}
+    for name in type(settings).__dataclass_fields__:
+        value = getattr(settings, name)
+        if is_dataclass(value):
+            fields |= {f"{name}.{inner}": field for inner, field in vars_of(value).items()}
+        else:
+            fields[name] = value
+    return fields
 
 
 def _graph_fields(model_config: Any) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from compiled.stages import make_stage
 PlanOf = Callable[..., StepPlan]
 
 
-def updates(plan: StepPlan, chunks: int = 1) -> tuple[dict[str, Captured], list[dict[str, Any]]]:
+def updates(plan: StepPlan, chunks: int = 1, pairs: bool = False) -> tuple[dict[str, Captured], list[dict[str, Any]]]:
     regions: dict[str, Captured] = {}
     blocks = [make_stage(plan.model, path) for path in plan.model.stages().blocks]
     embed, head = make_stage(plan.model, plan.model.stages().embed), head_stage(plan.model)
     sources = Sources(lowering.fake_mode(), torch.device("cpu"))
-    entries = add_updates(regions, blocks, embed, head, chunks, plan.optimizers, plan.precision, sources)
+    optimizers = plan.optimizers
+    entries = add_updates(regions, blocks, embed, head, chunks, optimizers, plan.precision, sources, pairs=pairs)
     return regions, entries
 
 
@@ -53,6 +54,19 @@ def test_bfloat16_gradients_come_direct_or_summed_in_float32(plan_of: PlanOf) ->
     ]
     assert gradient_dtypes(regions["update_0"]) == {"bfloat16"}
     assert gradient_dtypes(regions["update_0_summed"]) == {"float32"}
+
+
+def test_gradients_of_two_workers_are_added_by_a_region_of_their_own(plan_of: PlanOf) -> None:
+    regions, entries = updates(plan_of("model.dtype=bfloat16"), pairs=True)
+    assert [entry["paired"] for entry in entries] == ["update_0_paired"] * 2 + [
+        "update_head_paired",
+        "update_embed_paired",
+    ]
+    assert gradient_dtypes(regions["update_0_paired"]) == {"bfloat16"}
+    names = [spec.name for spec in regions["update_0_paired"].spec.inputs]
+    assert sum(name.startswith("addend_") for name in names) == len(entries[0]["parameters"])
+    regions, entries = updates(plan_of("model.dtype=bfloat16"))
+    assert not any("paired" in entry for entry in entries)
 
 
 def test_a_tied_weight_is_the_embeddings_where_its_two_gradients_are_summed(plan_of: PlanOf) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compiled.reduction import Gradients
+from compiled.reduction import Gradients, addend
 
 if TYPE_CHECKING:
     from apps.training.workers.peer_copies import Exchange, PeerCopies
@@ -92,8 +92,8 @@ class Bucket:
             return dist.all_reduce(tensor, group=group, async_op=True)
         return dist.reduce(tensor, group=group, group_dst=self.owner, async_op=True)
 
-    def receive(self) -> Iterator[tuple[int, Gradients]]:
-        """Wait for the sums; each group with its own, in at least float32."""
+    def receive(self, pairs: bool = False) -> Iterator[tuple[int, Gradients]]:
+        """Wait for the sums; each group with its own, in at least float32. `pairs`: the sums may be left to be done."""
         for work in self.works:
             work.wait()
         for group, gradients in self.groups:
@@ -110,32 +110,37 @@ class CopiedBucket(Bucket):
 
     copies: PeerCopies | None = None
     exchange: Exchange | None = None
-    shapes: list[tuple[int, dict[str, torch.Size]]] = field(default_factory=list)
 
     def send(self, group: dist.ProcessGroup, as_they_are: int) -> None:
-        """Copy all gradients to where the others find them; the tensors themselves are no longer needed."""
+        """Copy all gradients to where the others take them from; they may not be written to any more."""
         assert self.copies is not None
         tensors = [gradient for _, gradients in self.groups for gradient in gradients.values()]
-        self.shapes = [(number, {name: each.shape for name, each in some.items()}) for number, some in self.groups]
         if tensors:
             dtype = max((self.dtype or tensor.dtype for tensor in tensors), key=lambda dtype: dtype.itemsize)
-            self.exchange = self.copies.open(sum(map(torch.numel, tensors)), dtype, self.owner)
-            torch._foreach_copy_(views(self.exchange.mine, tensors), tensors)
+            self.exchange = self.copies.open([tensor.to(dtype).contiguous() for tensor in tensors], self.owner)
             self.copies.start(self.exchange)
-        for _, gradients in self.groups:
-            gradients.clear()
 
-    def receive(self) -> Iterator[tuple[int, Gradients]]:
-        """Each group with its sums, in at least float32; without any where another worker owns them."""
-        summed = None if self.exchange is None else self.exchange.sum()
-        end = 0
-        for group, shapes in self.shapes:
-            gradients: Gradients = {}
-            for name, shape in shapes.items():
-                begin, end = end, end + shape.numel()
-                if summed is not None:
-                    gradients[name] = summed[begin:end].view(shape)
-            yield group, gradients
+    def receive(self, pairs: bool = False) -> Iterator[tuple[int, Gradients]]:
+        """Each group with its sums, in at least float32; without any where another worker owns them.
+
+        `pairs`: with both workers' gradients instead, where there are two and they travelled as they were.
+        """
+        columns = [] if self.exchange is None else self._columns(self.exchange, pairs)
+        rows = zip(*columns, strict=True)
+        for group, gradients in self.groups:
+            received: Gradients = {}
+            for name in gradients if columns else ():
+                received[name], *other = next(rows)
+                received |= {addend(name): each for each in other}
+            yield group, received
+        if self.exchange is not None:
+            self.exchange.take()
+
+    def _columns(self, exchange: Exchange, pairs: bool) -> list[list[Tensor]]:
+        """Sums, or two workers' gradients, or nothing; in the order of the groups."""
+        sent = (gradient.dtype for _, gradients in self.groups for gradient in gradients.values())
+        pair = exchange.pair() if pairs and all(dtype == exchange.dtype for dtype in sent) else None
+        return pair or [sums for sums in [exchange.sums()] if sums]
 
 
 def _memory_of(tensor: Tensor) -> int:

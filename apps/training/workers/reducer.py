@@ -87,7 +87,7 @@ class GradientReducer:
         if self._filling.nbytes >= self.bucket_bytes or self._started == len(self.owners) - 1:
             self._send()
 
-    def finished(self, *, everything: bool) -> Iterator[tuple[int, Gradients]]:
+    def finished(self, *, everything: bool, pairs: bool = False) -> Iterator[tuple[int, Gradients]]:
         """Without `everything`: at most one bucket, the oldest if at least its own number of bytes was sent behind it.
 
         So one of equals travels while the next is computed, and a large one while several small ones are.
@@ -101,7 +101,7 @@ class GradientReducer:
             bucket = self._travelling.popleft()
             self.before_waiting()
             is_mine = bucket.owner is None or bucket.owner == self.rank
-            for group, summed in bucket.receive():
+            for group, summed in bucket.receive(pairs):
                 yield group, summed if is_mine else {}
         if everything and self.copies is not None:
             self.copies.finish()

@@ -5,6 +5,7 @@ python -m tests.apps.training.workers.peer_sums RANK PORT
 
 import os
 import sys
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from apps.training.workers.launch import Launch, own_gpu
 from apps.training.workers.peer_copies import PeerCopies, peers_in_reach
 from apps.training.workers.reducer import GradientReducer
+from compiled.reduction import addend
 
 SHAPES = [{"a": (300, 70), "b": (5,)}, {"c": (1000, 33)}, {"d": ()}, {"e": (64, 64), "f": (7, 3)}, {}, {"g": (129,)}]
 KINDS = [(torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, torch.float32), (torch.float64, None)]
@@ -23,12 +25,25 @@ def gradients(step: int, rank: int, dtype: torch.dtype) -> list[dict[str, torch.
     return [{name: torch.randn(shape, generator=make).to(dtype) for name, shape in each.items()} for each in SHAPES]
 
 
-def summed(reducer: GradientReducer, mine: list[dict[str, torch.Tensor]]) -> dict[int, dict[str, torch.Tensor]]:
+def summed(
+    reducer: GradientReducer, mine: list[dict[str, torch.Tensor]], pairs: bool, seen: list[int]
+) -> dict[int, dict[str, torch.Tensor]]:
     found = {}
     for group in reversed(range(len(SHAPES))):
         reducer.start(group, dict(mine[group]))
-        found |= dict(reducer.finished(everything=False))
-    return found | dict(reducer.finished(everything=True))
+        for number, parts in reducer.finished(everything=group == 0, pairs=pairs):
+            names = [name for name in parts if not name.startswith(addend(""))]
+            # two of one dtype come as they are, to be added in at least float32, unless their place was needed
+            assert len(parts) == len(names) or (pairs and reducer.dtype in (None, next(iter(parts.values())).dtype))
+            seen.extend([number] if len(parts) > len(names) else [])
+            found[number] = {name: at_least_float32(parts[name]) for name in names}
+            for name in names if len(parts) > len(names) else ():
+                found[number][name] = found[number][name] + at_least_float32(parts[addend(name)])
+    return found
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def check(found: dict[int, dict[str, torch.Tensor]], step: int, dtype: torch.dtype, reducer: GradientReducer) -> None:
@@ -55,7 +70,7 @@ def main() -> None:
     assert peers_in_reach(2, 2)
     for shards in (False, True):
         copies = PeerCopies(dist.group.WORLD, rank=rank, world_size=2)
-        for dtype, wire in KINDS:
+        for (dtype, wire), pairs in product(KINDS, (False, True)):
             reducer = GradientReducer(
                 dist.group.WORLD,
                 rank=rank,
@@ -69,10 +84,12 @@ def main() -> None:
             reducer.bucket_bytes = 20_000
             for step in range(3):
                 mine = [{name: one.to(device) for name, one in each.items()} for each in gradients(step, rank, dtype)]
-                check(summed(reducer, mine), step, dtype, reducer)
+                seen: list[int] = []
+                check(summed(reducer, mine, pairs, seen), step, dtype, reducer)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                found = summed(reducer, mine)
+                found = summed(reducer, mine, pairs, seen)
+            assert bool(seen) == (pairs and wire in (None, dtype))
             for step in range(3, 8):
                 for each, new in zip(mine, gradients(step, rank, dtype), strict=True):
                     for name, tensor in each.items():

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from apps.training.programs import _reducer
 from apps.training.workers.peer_copies import MOST_WORKERS, PeerCopies, peers_in_reach
 from apps.training.workers.reducer import GradientReducer
 from backends.errors import UserError
+from compiled.reduction import addend
 from tests.apps.training.workers import fake_gpus
 from tests.apps.training.workers.peer_sums import SHAPES, gradients
 from tests.apps.training.workers.test_reducer import alone  # noqa: F401
@@ -54,15 +56,29 @@ def test_where_copies_are_impossible_only_asking_for_them_is_an_error(asked: str
     assert reducer.copies is None
 
 
-@pytest.mark.parametrize("clipped", [False, True])
+def added(
+    received: Iterator[tuple[int, dict[str, torch.Tensor]]], pairs: list[int]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """What an update makes of it: of pairs the sum; their groups are added to `pairs`."""
+    sums = {}
+    for group, parts in received:
+        names = [name for name in parts if addend(name) in parts]
+        assert len(names) * 2 == len(parts) or not names
+        sums[group] = {name: parts[name] + parts[addend(name)] for name in names} if names else parts
+        pairs += [group] if names else []
+    return sums
+
+
+@pytest.mark.parametrize("asked", ["sums", "sums at the end", "pairs"])
 @pytest.mark.parametrize("shards", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_whoever_is_early_or_late_every_worker_gets_the_same_sums(
-    monkeypatch: pytest.MonkeyPatch, world_size: int, shards: bool, clipped: bool
+    monkeypatch: pytest.MonkeyPatch, world_size: int, shards: bool, asked: str
 ) -> None:
-    """On threads in place of GPUs; with clipping all sums are asked for at the end, when slots were used again."""
+    """On threads in place of GPUs; at the end of a step slots were used again, and sums were made for that."""
     fake_gpus.install(monkeypatch, fake_gpus.Host(world_size))
     sums: dict[tuple[int, int], dict[int, dict[str, torch.Tensor]]] = {}
+    paired: dict[tuple[int, int], list[int]] = {}
 
     def work(rank: int) -> None:
         copies = PeerCopies(None, rank=rank, world_size=world_size)
@@ -73,16 +89,19 @@ def test_whoever_is_early_or_late_every_worker_gets_the_same_sums(
             time.sleep(0.002 * ((rank + step) % world_size))
             found: dict[int, dict[str, torch.Tensor]] = {}
             mine = gradients(step, rank, torch.float32) * 3
+            pairs, seen = asked == "pairs", paired.setdefault((step, rank), [])
             for group in reversed(range(len(mine))):
                 reducer.start(group, dict(mine[group]))
-                if not clipped:
-                    found |= dict(reducer.finished(everything=False))
-            sums[step, rank] = found | dict(reducer.finished(everything=True))
+                if asked != "sums at the end":
+                    found |= added(reducer.finished(everything=False, pairs=pairs), seen)
+            sums[step, rank] = found | added(reducer.finished(everything=True, pairs=pairs), seen)
             for group, some in sums[step, rank].items():
                 names = SHAPES[group % len(SHAPES)] if reducer.owns(group) else {}
                 assert some.keys() == names.keys()
 
     fake_gpus.run_workers(world_size, work)
+    # but for groups that had to be added up early, since their place was needed
+    assert all(bool(groups) == (asked == "pairs" and world_size == 2) for groups in paired.values())
     for step in range(4):
         parts = [gradients(step, rank, torch.float32) * 3 for rank in range(world_size)]
         for group, names in enumerate(SHAPES * 3):
