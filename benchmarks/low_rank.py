@@ -1,7 +1,8 @@
 """What compression does to held-out perplexity: four methods, two ways to spend the budget, before and after tuning.
 
     python benchmarks/low_rank.py out=outputs/low-rank-study jobs=6 minutes=10
-    python benchmarks/low_rank.py out=outputs/low-rank-study models=demo steps=300 tune=40 jobs=1
+    python benchmarks/low_rank.py out=outputs/low-rank-study models=benchmarks/low_rank_model steps=400 tune=40 \
+        tokens=16384 length=128 vocabulary=2048 dev_ratio=0.005 jobs=1 optimizer.lr=3e-3 compile.target=eager
     python benchmarks/low_rank.py out=outputs/low-rank-study report=only
 
 Trains a dense model on the corpus every machine has, compresses it at each share `keep` by each method with each
@@ -264,7 +265,8 @@ def picture(study: Study, path: Path) -> None:
                 axes.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
             title = f"{Path(model).name}, {when} the short training"
             axes.set(title=title, xlabel="share of the blocks' numbers kept", ylabel="held-out perplexity")
-            axes.set_yscale("log")
+            seen = [value for line in axes.get_lines() for value in line.get_ydata()]
+            axes.set_yscale("log" if seen and max(seen) > 3 * min(seen) else "linear")
             axes.grid(alpha=0.25, which="both")
             axes.spines[["top", "right"]].set_visible(False)
         row[1].legend(frameon=False, fontsize=8)
@@ -285,7 +287,7 @@ def main() -> None:
     study.out.mkdir(parents=True, exist_ok=True)
     if own["report"] != "only":
         study.carry_out()
-    text = "\n\n".join(f"**{model}**\n\n{table(study, model)}" for model in study.models) + "\n"
+    text = "\n\n".join(f"**{Path(model).name}**\n\n{table(study, model)}" for model in study.models) + "\n"
     (study.out / "low-rank.md").write_text(text, encoding="utf-8")
     results = {case.name: asdict(study.figures(case)) for model in study.models for case in study.cases(model)}
     (study.out / "low-rank.json").write_text(json.dumps(results, indent=1))
