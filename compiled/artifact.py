@@ -6,6 +6,7 @@ before any of its code runs.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -69,6 +70,11 @@ class Artifact:
 
         regions = {}
         with _loading(self.path), zipfile.ZipFile(self.path) as archive:
+            if self.spec.get("target"):
+                from compiled.mlir.loading import load_regions
+
+                read = functools.partial(_verified, archive, path=self.path)
+                return load_regions(self.path, self.spec["target"], self.region_specs(), read)
             host = {name: digest for name, digest in self.manifest["members"].items() if name.startswith("host/")}
             modules = {name: _verified(archive, name, digest, self.path) for name, digest in host.items()}
             lowering.install_host_modules({name.removeprefix("host/"): modules[name] for name in modules})

@@ -13,6 +13,7 @@ from backends.errors import UserError
 from backends.routing_table import count_text, plain_table
 from compiled.artifact import Artifact, open_artifact
 from compiled.build import build
+from compiled.mlir.compilers import compiler_name
 from compiled.mlir.extra import require_extra
 from compiled.mlir.isolation import Limits
 from compiled.mlir.lowering import MlirOptions
@@ -61,7 +62,8 @@ def mlir_options(config: TrainConfig) -> MlirOptions | None:
         return None
     settings = config.compile.mlir
     limits = Limits(settings.timeout_s, settings.memory_gb)
-    return MlirOptions(settings.dialect, settings.whole_step, limits)
+    compiler = compiler_name(settings.compiler, settings.dialect)
+    return MlirOptions(settings.dialect, settings.whole_step, compiler, limits)
 
 
 def debug_folder(artifact: Path) -> Path:

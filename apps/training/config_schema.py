@@ -137,6 +137,7 @@ class ScheduleConfig:
 @dataclass(frozen=True, kw_only=True)
 class MlirConfig:
     dialect: Literal["linalg", "stablehlo", "tosa", "torch"] = setting("linalg", "dialect of the modules")
+    compiler: str = setting("auto", "none, iree or package.module:Class; auto: iree if it can")
     whole_step: bool = setting(False, "one module of the whole step too: forward, backward, update")
     timeout_s: float = setting(600.0, "seconds that lowering one module may take", above=0)
     memory_gb: float = setting(16.0, "GiB of memory that lowering one module may take", above=0)

@@ -31,6 +31,7 @@ from backends.lora import Lora
 from backends.precision import PrecisionPolicy
 from backends.routing import Plan, route
 from backends.routing_table import shorten
+from compiled.mlir.compilers import describe_target
 from compiled.spec import StepSpec, describe_device, describe_versions
 
 DEFAULT_MODEL = "demo"
@@ -141,8 +142,12 @@ def plan_step(config: TrainConfig) -> StepPlan:
         lora=spec_fields(updates),
         skips_nonfinite=config.training.max_nonfinite_steps > 0,
         loss_terms=list(loss_terms(config.training)),
+<<<<<<< HEAD
         teacher={} if teacher is None else _graph_fields(teacher),
         target={"kind": "mlir", "dialect": config.compile.mlir.dialect} if target == "mlir" else {},
+=======
+        target=describe_target(config.compile.mlir.dialect, config.compile.mlir.compiler) if target == "mlir" else {},
+>>>>>>> main
     )
     return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec, teacher)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from compiled import lowering as inductor
 from compiled.capture import Captured
+from compiled.mlir.binaries import compile_modules
 from compiled.mlir.extra import require_extra
 from compiled.mlir.isolation import Outcome
 from compiled.mlir.lowering import MlirOptions, lower_regions, lower_whole
@@ -52,12 +53,31 @@ def module_files(
         files |= _stored(module, outcomes[name])
         _describe(captured.spec, module)
         modules[name] = module.to_json()
+    files |= _binaries(regions, outcomes, options, jobs)
     if whole is not None:
         module = whole.arguments.module()
         files |= _stored(module, lower_whole(whole, options.dialect, options.limits))
         modules[module.name] = module.to_json()
     versions = {"torch-mlir": importlib.metadata.version("torch-mlir")}
     return files, {"dialect": options.dialect, "versions": versions, "modules": modules}
+
+
+def _binaries(
+    regions: Mapping[str, Captured], outcomes: Mapping[str, Outcome], options: MlirOptions, jobs: int
+) -> dict[str, bytes]:
+    """What the compiler made of the modules, if there is one: the members that a run loads, noted in the specs."""
+    if options.compiler is None:
+        return {}
+    compiled = compile_modules(
+        {name: outcome.value for name, outcome in outcomes.items()}, options.compiler, options.limits, jobs
+    )
+    files = {}
+    for name, outcome in compiled.items():
+        spec = regions[name].spec
+        spec.file, spec.sha256 = f"regions/{name}", hashlib.sha256(outcome.value).hexdigest()
+        spec.seconds = round(spec.seconds + outcome.seconds, 2)
+        files[spec.file] = outcome.value
+    return files
 
 
 def _describe(spec: RegionSpec, module: ModuleSpec) -> None:

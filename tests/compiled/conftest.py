@@ -20,6 +20,7 @@ from backends.precision import as_torch, at_least_float32
 from backends.routing import route
 from compiled.artifact import Artifact, open_artifact
 from compiled.build import build
+from compiled.mlir.lowering import MlirOptions
 from compiled.program import CompiledProgram
 from tests.compiled.step_worker import add_random_updates
 
@@ -146,7 +147,10 @@ def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.Temp
             path = shared / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}-{plan.spec.key}.substrate"
             with FileLock(shared / "compile.lock"):  # one at a time: a compile takes every core
                 if not path.exists():
-                    content = build(plan.model, plan.spec, plan.optimizers, plan.precision, teacher=plan.bare_teacher())
+                    target = plan.spec.target
+                    mlir = MlirOptions(target["dialect"], compiler=target.get("compiler")) if target else None
+                    how = (plan.spec, plan.optimizers, plan.precision)
+                    content = build(plan.model, *how, teacher=plan.bare_teacher(), mlir=mlir)
                     path.with_suffix(".part").write_bytes(content)
                     path.with_suffix(".part").rename(path)
             made[key] = Compiled(plan, open_artifact(path), list(rules))

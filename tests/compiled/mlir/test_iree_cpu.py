@@ -1,0 +1,68 @@
+"""IREE as compiler and runtime. What makes its runtime lies in iree_cpu_cases.py, and runs in a process of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compiled.mlir.compilers import CompileError
+from compiled.mlir.iree_cpu import IreeCompiler
+from tests.compiled.conftest import Compile
+
+pytest.importorskip("iree.compiler", reason="needs the extra [mlir]")
+pytest.importorskip("iree.runtime", reason="needs the extra [mlir]")
+CASES = Path(__file__).with_name("iree_cpu_cases.py")
+
+
+def case(name: str, *arguments: str) -> Any:
+    """What a case returns; a failed assertion in it, a crash of it, and whatever it writes to stderr are failures."""
+    done = subprocess.run([sys.executable, CASES, name, *arguments], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["new_values", "lending", "outliving"])
+def test_tensors_and_results(name: str) -> None:
+    case(name)
+
+
+def test_in_place_donation_is_wrong_and_would_be_noticed() -> None:
+    # should IREE learn to read an argument before it writes it, parameters need no second copy
+    assert case("donating") is False
+
+
+def test_a_refused_module_is_one_line_of_reasons() -> None:
+    with pytest.raises(CompileError, match=r"^[^\n]*custom op 'nonsense.op'[^\n]*$"):
+        IreeCompiler().compile(b"func.func @f() { nonsense.op }")
+
+
+STEPS = 20
+VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any], float]] = {
+    "float32-stablehlo-tied-chunked": (
+        ("compile.mlir.dialect=stablehlo", "compile.head_chunks=2", "compile.recompute=block", "optimizer=sgdm"),
+        {"tie_word_embeddings": True},
+        1e-5,
+    ),
+    "bfloat16-parameters-articles": (("model.dtype=bfloat16", "model.article_attention=true"), {}, 5e-3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_equal_the_eager_twin(compile_step: Compile, tiny_config: Callable[..., Path], variant: str) -> None:
+    pytest.importorskip("torch_mlir", reason="needs the extra [mlir]")
+    settings, fields, tolerance = VARIANTS[variant]
+    settings = ("compile.target=mlir", *settings)
+    artifact = compile_step(*settings, **fields).artifact
+    shape = ("training.batch_size=2", "model.max_seq_length=16", "compile.arch=cpu")
+    config = f"checkpoint.config_name={tiny_config(**fields)}"
+    found = case("steps", str(artifact.path), str(STEPS), "command=run", config, *shape, *settings)
+    assert found["loss"] <= tolerance
+    assert found["norm"] <= 10 * tolerance
+    assert found["evaluation"] <= tolerance
+    # Adam divides by the gradient's own size: where a gradient is all rounding, so is its update
+    assert found["parameters"] <= 10 * tolerance
