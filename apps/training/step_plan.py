@@ -123,7 +123,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
     updates = add_updates(config.lora, model, config.training.seed)
     groups = parameter_groups(config.optimizer, model)
     teacher = teacher_config(config, model_config.vocab_size)
-    rows_of_logits = model_config.vocab_size * (1 if teacher is None else 2)  # of a token, and the teacher's
+    logits_a_token = model_config.vocab_size * (1 if teacher is None else 2)  # the teacher has as many
     tokens = config.training.batch_size * config.model.max_seq_length
     spec = StepSpec(
         model_name=name,
@@ -133,7 +133,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         max_seq_length=config.model.max_seq_length,
         precision=config.precision.named(),
         article_attention=config.model.article_attention,
-        head_chunks=head_chunks(config.compile.head_chunks, tokens, rows_of_logits, kind),
+        head_chunks=head_chunks(config.compile.head_chunks, tokens, logits_a_token, kind),
         optimizer=_optimizer_fields(config.optimizer.name, groups),
         recompute=config.compile.recompute,
         device=describe_device(kind),
@@ -142,12 +142,8 @@ def plan_step(config: TrainConfig) -> StepPlan:
         lora=spec_fields(updates),
         skips_nonfinite=config.training.max_nonfinite_steps > 0,
         loss_terms=list(loss_terms(config.training)),
-<<<<<<< HEAD
         teacher={} if teacher is None else _graph_fields(teacher),
-        target={"kind": "mlir", "dialect": config.compile.mlir.dialect} if target == "mlir" else {},
-=======
         target=describe_target(config.compile.mlir.dialect, config.compile.mlir.compiler) if target == "mlir" else {},
->>>>>>> main
     )
     return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec, teacher)
 
@@ -221,10 +217,10 @@ def compile_command(config: TrainConfig) -> str:
     arguments += ["training.deterministic=true"] if config.training.deterministic else []
     skipping = config.training.max_nonfinite_steps
     arguments += [f"training.max_nonfinite_steps={skipping}"] if skipping else []
-    terms = loss_terms(config.training).items()
-    arguments += [f"training.{name.replace('distill_', 'distill.')}={value}" for name, value in terms]
-    teacher = config.training.distill.model_name_or_path
-    arguments += [] if teacher is None else [f"training.distill.model_name_or_path={teacher}"]
+    distill = config.training.distill.model_name_or_path
+    arguments += [] if distill is None else [f"training.distill.model_name_or_path={distill}"]
+    for name, value in loss_terms(config.training).items():
+        arguments.append(f"training.{name.replace('distill_', 'distill.')}={value}")
     optimizer, standard = config.optimizer, type(config.optimizer)()
     arguments += [f"optimizer={optimizer.name}"] if optimizer.name != standard.name else []
     for key in ("moments_dtype", "master_weights", "groups"):
