@@ -69,14 +69,13 @@ def plan_targets(targets: Sequence[Target], entry: Entry, settings: CompareSetti
     arguments += [f"backend.rules={written([dict(rule) for rule in entry.rules])}"] if entry.rules else []
     default = entry.default if isinstance(entry.default, str) else dict(entry.default)
     arguments += [f"backend.default={written(default)}", f"compile.arch={device}"]
-    arguments += [f"compile.output_dir={Path(settings.output_dir) / 'artifacts'}"]
     arguments += [f"logging.progress={settings.progress}"]
     configs = [parse([*arguments, *target.arguments]) for target in targets]
     return [Planned(target.name, config, plan_step(config)) for target, config in zip(targets, configs, strict=True)]
 
 
 def artifact_of(planned: Planned) -> Artifact | None:
-    """The artifact in the report's folder that fits, or a new one; None for the eager twin."""
+    """The artifact in `compile.output_dir` that fits, or a new one there; None for the eager twin."""
     if planned.config.compile.target == "eager":
         return None
     found = find(Path(planned.config.compile.output_dir), planned.plan.spec)
