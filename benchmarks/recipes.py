@@ -192,8 +192,8 @@ def picture(study: Study, path: Path) -> None:
             windows = [losses[max(0, end - AVERAGED) : end] for end in range(1, len(losses) + 1)]
             smooth = [sum(window) / len(window) for window in windows]
             lowest, highest = min(lowest, *smooth), max(highest, smooth[len(smooth) // 10])
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(range(1, len(smooth) + 1), smooth, color=colour, linewidth=1.4, label=f"{name}, {best.rate}")
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--")[number // len(COLOURS) % 2]}
+            axes.plot(range(1, len(smooth) + 1), smooth, **style, linewidth=1.4, label=f"{name}, {best.rate}")
         if lowest < highest:
             axes.set_ylim(lowest - 0.05 * (highest - lowest), highest)
         axes.set(title=model, xlabel="step", ylabel=f"training loss, nats a token (mean of {AVERAGED} steps)")

@@ -125,7 +125,15 @@ def test_only_the_config_touches_omegaconf():
 
 
 def test_nothing_needs_triton_or_mlir_to_be_imported():
-    assert not offences(sources(*ROOMS), "triton", "torch_mlir", only_at_top=True)
+    assert not offences(sources(*ROOMS), "triton", "torch_mlir", "iree", only_at_top=True)
+
+
+def test_only_the_room_of_mlir_touches_its_packages():
+    """They are an extra: whatever else imported them would fail where it is not installed."""
+    room = sources("compiled/mlir")
+    assert offences(room, "torch_mlir")
+    assert offences(room, "iree")
+    assert not offences([file for file in sources(*ROOMS) if file not in room], "torch_mlir", "iree")
 
 
 def attribute_chains(file: Path) -> list[tuple[str, int]]:

@@ -35,9 +35,13 @@ def import_region(
     are real, fake or meta; `mutated`: positions of the inputs that the graph writes. Whatever torch-mlir raises is
     raised; it may also crash, so that `lowering.py` calls this in a process of its own.
     """
+    return module_text(pure_graph(graph, example_inputs, mutated), dialect, name)
+
+
+def module_text(pure: GraphModule, dialect: Dialect, name: str = "main") -> bytes:
+    """What `pure_graph` gave as a verified module with one function."""
     from torch_mlir.fx import stateless_fx_import
 
-    pure = pure_graph(graph, example_inputs, mutated)
     module = stateless_fx_import(pure, output_type=_OUTPUT_TYPES[dialect], model_name=name)
     if not module.operation.verify():
         raise RuntimeError(f"the verifier of MLIR refuses the {dialect} module")

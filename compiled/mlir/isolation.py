@@ -4,6 +4,7 @@ MLIR's tools answer a mistake by lines on file descriptor 2, an exception that s
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import resource
@@ -129,6 +130,7 @@ def kill_group(process: Any) -> None:
 
 def _work(task: Task, limits: Limits, log: int, sender: Connection) -> NoReturn:
     os.setpgid(0, 0)  # a group of its own, which Ctrl-C in a terminal passes by: the parent ends it
+    faulthandler.disable()  # a crash is reported in one line, by the parent
     os.dup2(log, 2)
     torch.set_num_threads(1)  # a forked child must not enter an OpenMP region, whose threads stayed with the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()

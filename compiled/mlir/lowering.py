@@ -111,6 +111,8 @@ def _try_singles(singles: list[Single], dialect: Dialect) -> dict[str, str]:
         os.write(2, f"\n{_TRYING}{single.key}\n".encode())
         try:
             import_region(single.graph, single.inputs, dialect)
+        except MemoryError:
+            raise
         except Exception as error:
             os.write(2, f"\n{_FAILED}{type(error).__name__}: {_first_line(error)}\n".encode())
     with open("/proc/self/fd/2", "rb") as log:
