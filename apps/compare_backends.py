@@ -5,11 +5,15 @@
         backends='[dense, {use: optical, q_levels: 64}, {rules_file: optical-mlp-only.yaml}]'
     python apps/compare_backends.py checkpoint.config_name=demo \\
         backends='[dense, {name: down only, rules: [{match: "*.down_proj", use: optical}]}]'
+    python apps/compare_backends.py checkpoint.config_name=demo targets='[eager, inductor, mlir]'
     python apps/compare_backends.py --help
 
 The first entry is the reference. Of every layer: relative error and SNR of its output and gradients when it is fed with
 what the reference fed its own, and the error it ends up with in the whole model. Of every backend: KL of the logits and
 perplexity on the dev split, time, memory, energy by the backend's own model. All on the same weights and batches.
+
+With `targets` one backend is computed by several compilers: losses of as many steps as there are batches, gradients of
+the first, the weights at the end, the time of a step; in targets.csv and targets_gradients.csv.
 
 Tables go to the screen; parity.csv, parity_summary.csv, parity.png, parity.html and config.yaml to `output_dir`.
 """
@@ -24,8 +28,9 @@ from typing import TYPE_CHECKING
 if not __package__:  # started as a file: make the repository importable from wherever we were started
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from apps.parity.entries import read_entries
+from apps.parity.entries import Entry, read_entries
 from apps.parity.settings import CompareSettings
+from apps.parity.target_entries import read_targets
 from apps.training.cli import run_main
 from apps.training.config import parse_dataclass, to_yaml
 from apps.training.files import atomic_path, require_writable
@@ -35,14 +40,22 @@ if TYPE_CHECKING:
     from apps.parity.results import VariantResult
 
 FILES = ("parity.csv", "parity_summary.csv", "parity.png", "parity.html", "config.yaml")
+FILES_OF_TARGETS = ("targets.csv", "targets_gradients.csv")
 
 
 def program(argv: Sequence[str]) -> None:
     """Settings first: a mistake in them is answered before PyTorch is imported."""
     settings = parse_dataclass(CompareSettings, argv, program="compare_backends.py")
-    entries = read_entries(settings.backends)
+    entries = read_entries(settings.backends, at_least=1 if settings.targets else 2)
+    targets = read_targets(settings.targets) if settings.targets else []
     output = Path(settings.output_dir)
     require_free(output, overwrite=settings.overwrite)
+    if targets:
+        from apps.parity.target_report import compare_targets
+
+        require_one(entries)
+        compare_targets(settings, targets, entries[0])
+        return
 
     import torch
 
@@ -87,11 +100,20 @@ def program(argv: Sequence[str]) -> None:
     save(output, of_reference, results, settings, facts, batches.description())
 
 
+def require_one(entries: Sequence[Entry]) -> None:
+    """UserError where several backends are given beside targets: either the backend or the target differs."""
+    if len(entries) > 1:
+        raise UserError(
+            f"targets compares ways to compute one step, and backends has {len(entries)} entries. Give one, which all "
+            "targets compute: backends='[optical]'."
+        )
+
+
 def require_free(output: Path, *, overwrite: bool) -> None:
     """UserError when a report lies in `output` (unless `overwrite`), or nothing can be written there."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output_dir={output} is a file. Expected a folder, or a name that is free.")
-    taken = [name for name in FILES if (output / name).exists()]
+    taken = [name for name in (*FILES, *FILES_OF_TARGETS) if (output / name).exists()]
     if taken and not overwrite:
         raise UserError(
             f"output_dir={output} holds a report or a run ({', '.join(taken)}). Choose another folder, or replace it "

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backends.errors import UserError
 from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.artifact import pack
@@ -30,6 +31,7 @@ def build(
     optimizers: Mapping[str, Optimizer],
     policy: PrecisionPolicy,
     *,
+    teacher: StagedModel | None = None,
     routing: Sequence[Mapping[str, Any]] = (),
     workers: int | None = None,
     debug: Path | None = None,
@@ -38,7 +40,8 @@ def build(
 ) -> bytes:
     """Compile the train step of `model` (on the meta device) for `spec` and return the artifact's bytes.
 
-    `optimizers`: the update rule of each trained parameter, by its full name. `routing`: the rows of the plan that gave
+    `optimizers`: the update rule of each trained parameter, by its full name. `teacher`: a frozen model, on the meta
+    device too, whose predictions are learned. `routing`: the rows of the plan that gave
     every layer its backend, for people who inspect the artifact; what a run is compared with is in `spec`. `workers`
     processes lower regions side by side (None: one for each core). `debug` keeps graphs and generated code in that
     folder. `mlir`: modules for another compiler in place of machine code.
@@ -46,8 +49,13 @@ def build(
     started = time.perf_counter()
     if mlir is None:
         lowering.require_compiler(spec.device["kind"])
+    if mlir is not None and mlir.whole_step and teacher is not None:
+        raise UserError(
+            "compile.mlir.whole_step=true has no place for a teacher, and distill.teacher names one. "
+            "Use compile.mlir.whole_step=false: its regions are modules."
+        )
     with lowering.determinism(spec.deterministic):
-        regions, schedule = capture_step(model, spec, optimizers, policy)
+        regions, schedule = capture_step(model, spec, optimizers, policy, teacher)
     specs = {name: captured.spec for name, captured in regions.items()}
     files = {f"graphs/{name}.txt": lowering.graph_text(captured.graph).encode() for name, captured in regions.items()}
     if debug is not None:
@@ -71,6 +79,7 @@ def build(
         "parameters": sum(parameter.numel() for _, parameter in model.named_parameters()),
         "trained_parameters": sum(each.numel() for _, each in model.named_parameters() if each.requires_grad),
         "cost": step_cost(specs, schedule, spec),
+        "teacher_bytes": 0 if teacher is None else sum(each.nbytes for _, each in teacher.named_parameters()),
         "compile_seconds": round(time.perf_counter() - started, 2),
         **parts,
     }
@@ -102,10 +111,12 @@ def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec
 
     flops: matrix products and attention, 2mkn each. bytes: every region's inputs and outputs once, each time it runs.
     activation_bytes: what lives between forward and backward. head_bytes: logits of a chunk, their gradient and one
-    temporary.
+    temporary; a teacher's and one more.
     """
     runs: dict[str, int] = {"head_train": spec.head_chunks}
     recompute = spec.recompute == "block"
+    for part in schedule.teacher.get("parts", ()):
+        runs[part["forward"]] = runs.get(part["forward"], 0) + 1
     for entry in (schedule.embed, *schedule.blocks):
         runs[entry["forward"]] = runs.get(entry["forward"], 0) + 1 + (recompute and entry is not schedule.embed)
         if entry["backward"]:
@@ -117,12 +128,13 @@ def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec
     saved = [regions[entry["forward"]].saved_bytes for entry in schedule.blocks]
     head = {entry.name: entry for entry in regions["head_train"].inputs}
     # rows of the projection, the widest of the head's matrices; a logit is as wide as its token's grad_scale
+    logits = 3 + 2 * bool(schedule.teacher)  # and a teacher's, with what is made of them
     vocabulary = max(head[name].shape[0] for name in schedule.head["parameters"] if len(head[name].shape) == 2)
     return {
         "flops": sum(regions[name].flops * count for name, count in runs.items()),
         "bytes": sum(regions[name].bytes * count for name, count in runs.items()),
         "activation_bytes": hidden * (len(saved) + 1) + (max(saved) if recompute else sum(saved)),
-        "head_bytes": 3 * vocabulary * head["grad_scale"].bytes,
+        "head_bytes": logits * vocabulary * head["grad_scale"].bytes,
     }
 
 

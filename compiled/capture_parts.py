@@ -5,7 +5,7 @@ each chunk. Loss = Σ grad_scale · CE (objective.py), and grad_scale comes in a
 would be baked in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from backends.precision import PrecisionPolicy, as_torch
 from compiled.capture import Captured, Sources, capture_function
 from compiled.objective import hits_sum, loss_and_objective, loss_sum
 from compiled.stages import Stage, StagedModel, canonical_names, stage_of
+from compiled.teacher import TEACHER
 
 
 class _Head(nn.Module):
@@ -46,6 +47,7 @@ def capture_head(
     hidden_size: int,
     chunks: int,
     loss_terms: Sequence[str] = (),
+    teacher: Stage | None = None,
 ) -> list[Captured]:
     """Two regions over one chunk of tokens: `head_train` (loss and gradients) and `head_evaluate` (loss and accuracy).
 
@@ -53,6 +55,8 @@ def capture_head(
     chunk's first token within the step, where a backend counts from it. With several
     chunks `head_train` adds its parameter gradients onto `sum_<parameter>` buffers in place; with one it returns them.
     `loss_terms`: further inputs of `head_train`, 0-d; its `loss` is then [2], cross entropy and what is minimised.
+    `teacher`: the head of a frozen model; `head_train` then takes its parameters and hidden states too, by names that
+    begin with `teacher_`, and its logits exist for a chunk only, as the model's own do.
     """
     rows, logits_dtype = tokens // chunks, as_torch(policy.logits)
     tensors = sources.stage_tensors(stage, with_grad=False)
@@ -80,7 +84,8 @@ def capture_head(
             )
             given = (logits.to(logits_dtype), named["labels"], named["grad_scale"])
             terms = {name: named[name] for name in loss_terms}
-            loss = loss_and_objective(*given, terms) if terms else loss_sum(*given)
+            taught = None if teacher is None else _teacher_logits(teacher, named).to(logits_dtype)
+            loss = loss_and_objective(*given, terms, taught) if terms else loss_sum(*given)
             objective = loss[1] if terms else loss
             gradients = dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))
         results = [loss.detach(), gradients.pop("hidden_states")]
@@ -100,6 +105,8 @@ def capture_head(
 
     terms_given = {name: sources.empty((), inputs["grad_scale"].dtype) for name in loss_terms}
     train_inputs = inputs | ({} if chunks == 1 else sums) | terms_given
+    if teacher is not None:
+        train_inputs |= _teacher_inputs(teacher, sources, rows, as_torch(policy.residual))
     outputs = ["loss", "grad_hidden_states", *(f"new_{name}" for name in state_names)]
     outputs += [f"grad_{name}" for name in trained] if chunks == 1 else []
     stage.module.train()
@@ -110,3 +117,15 @@ def capture_head(
     evaluate_region = capture_function("head_evaluate", evaluate, inputs, ["loss", "accuracy"])
     stage.module.train()
     return [train_region, evaluate_region]
+
+
+def _teacher_inputs(teacher: Stage, sources: Sources, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    tensors = {f"{TEACHER}{local}": each for local, each in sources.stage_tensors(teacher, with_grad=False).items()}
+    width = tensors[f"{TEACHER}norm.weight"].shape[0]
+    return tensors | {f"{TEACHER}hidden_states": sources.empty((rows, width), dtype)}
+
+
+def _teacher_logits(teacher: Stage, named: Mapping[str, Tensor]) -> Tensor:
+    own = {name.removeprefix(TEACHER): each for name, each in named.items() if name.startswith(TEACHER)}
+    hidden_states = own.pop("hidden_states")
+    return teacher.call(own, hidden_states)[0]

@@ -1,6 +1,8 @@
 """What a step minimises: cross entropy, or with a smoothed target and a penalty of large normalisers.
 
 label_smoothing ε (arXiv 1512.00567, as torch's cross_entropy): the target is 1 − ε at the label and ε / V everywhere.
+distill_weight w, distill_temperature T (arXiv 1503.02531): 1 − w of that is left, and w · T² · KL(p ‖ q) is added, p
+and q being the softmax of the teacher's logits and of the model's, both divided by T.
 z_loss z (arXiv 2204.02311): z · log² Z is added, Z being the softmax's denominator.
 Their numbers come in as tensors, so that one artifact serves every ε and z.
 """
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 TERMS = ("label_smoothing", "z_loss")
+DISTILL_TERMS = ("distill_weight", "distill_temperature")
 
 
 def loss_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
@@ -18,16 +21,35 @@ def loss_sum(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
     return (_cross_entropy(logits, labels)[0] * grad_scale).sum()
 
 
-def loss_and_objective(logits: Tensor, labels: Tensor, grad_scale: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-    """[2]: `loss_sum`, which stays comparable, and the same sum of what is minimised, with the `terms` (0-d) added."""
+def loss_and_objective(
+    logits: Tensor,
+    labels: Tensor,
+    grad_scale: Tensor,
+    terms: Mapping[str, Tensor],
+    teacher_logits: Tensor | None = None,
+) -> Tensor:
+    """[2]: `loss_sum`, which stays comparable, and the same sum of what is minimised, with the `terms` (0-d) added.
+
+    `teacher_logits` [T, V] belong to DISTILL_TERMS.
+    """
     entropy, log_z, target = _cross_entropy(logits, labels)
     objective = entropy
     if "label_smoothing" in terms:
         # (1−ε)(log Z − x_label) + ε(log Z − mean x), with what CE is taken out
         objective = objective + terms["label_smoothing"] * (target - logits.mean(-1))
+    if teacher_logits is not None:
+        temperature = terms["distill_temperature"]
+        divergence = temperature.square() * _divergence(logits / temperature, teacher_logits / temperature)
+        objective = objective + terms["distill_weight"] * (divergence - objective)
     if "z_loss" in terms:
         objective = objective + terms["z_loss"] * log_z.square()
     return torch.stack([(entropy * grad_scale).sum(), (objective * grad_scale).sum()])
+
+
+def _divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(p ‖ q) of each token, p of the teacher's logits."""
+    log_q, log_p = torch.log_softmax(logits, -1), torch.log_softmax(teacher_logits, -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

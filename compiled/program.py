@@ -22,6 +22,7 @@ from compiled.reduction import Gradients, OneWorker, Reducer
 from compiled.stages import StagedModel
 from compiled.statistics import Statistics
 from compiled.step_result import StepResult
+from compiled.teacher import Teacher
 from compiled.updating import Updater
 
 # a part's inputs, and its outputs unless they are computed again
@@ -34,7 +35,7 @@ class CompiledProgram:
 
     The model lies on the artifact's device in its final dtypes. `moments_dtype` and `master_dtype` as for `Updater`;
     `reducer` sums over the workers of the job. `loss_terms`: the numbers of the artifact's terms (see objective.py).
-    `stats_every`: steps from one that is measured to the next.
+    `stats_every`: steps from one that is measured to the next. `teacher`: the model of the artifact's teacher.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class CompiledProgram:
         reducer: Reducer | None = None,
         loss_terms: Mapping[str, float] | None = None,
         stats_every: int | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.binding = Binding(artifact, model)
         self.spec = artifact.spec
@@ -59,9 +61,9 @@ class CompiledProgram:
         # a microbatch that does not say where its rows lie in the step has them at the start
         self.tables = {"cos": cos, "sin": sin, "first_row": torch.zeros((), dtype=torch.int64, device=self.device)}
         dtype = self.binding.input_dtype(self.head["train"], "grad_scale")
-        self.loss_terms = {
-            name: torch.full((), value, dtype=dtype, device=self.device) for name, value in (loss_terms or {}).items()
-        }
+        terms = {key: torch.full((), each, dtype=dtype, device=self.device) for key, each in (loss_terms or {}).items()}
+        self.teacher = None if teacher is None else Teacher(self.binding, schedule["teacher"], teacher, cos.shape[0])
+        self.head_inputs = terms | (self.teacher.head_inputs if self.teacher else {})
         self.reducer: Reducer = reducer or OneWorker()
         self._is_calibrated = False  # asked once: what was seen stays seen
         self.updater = Updater(
@@ -137,8 +139,7 @@ class CompiledProgram:
     def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> Gradients:
         """Gradients of Σ grad_scale · CE over microbatches and workers, by parameter name; nothing is updated."""
         self._sum_gradients(microbatches, lambda: None, Statistics(self.binding.tensors))
-        groups = [gradients for _, gradients in self.reducer.finished(everything=True)]
-        return {name: gradient for group in groups for name, gradient in group.items()}
+        return {name: each for _, group in self.reducer.finished(everything=True) for name, each in group.items()}
 
     @torch.no_grad()
     def calibrate(self, microbatches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -248,7 +249,8 @@ class CompiledProgram:
                 sums[f"sum_{local}"] = torch.zeros_like(self.binding.tensors[full], dtype=dtype)
         losses, grads = [], []
         results: dict[str, Tensor] = {}
-        for chunk in self._chunks(hidden, microbatch):
+        taught = self.teacher.states(microbatch["input_ids"], self._shared(microbatch)) if self.teacher else {}
+        for chunk in self._chunks(hidden, microbatch, **taught):
             results = self.binding.run(self.head["train"], chunk | sums)
             statistics.add(self.head, results)
             losses.append(results["loss"])
@@ -257,15 +259,13 @@ class CompiledProgram:
         grad = grads[0] if len(grads) == 1 else torch.cat(grads)
         return _total(losses), grad.view(hidden.shape), gradients
 
-    def _chunks(self, hidden: Tensor, microbatch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The head's inputs, a dict for each chunk of tokens."""
+    def _chunks(self, hidden: Tensor, microbatch: Mapping[str, Tensor], **taught: Tensor) -> list[dict[str, Tensor]]:
+        """The head's inputs, a dict for each chunk of tokens; `taught` [B, S, H]: a teacher's."""
         rows = hidden.shape[0] * hidden.shape[1] // self.head["chunks"]
-        parts = (hidden.view(-1, hidden.shape[-1]), microbatch["labels"].view(-1), microbatch["grad_scale"].view(-1))
-        fixed = self.binding.inputs(self.head) | self.loss_terms
-        chunks = [
-            fixed | {"hidden_states": states, "labels": labels, "grad_scale": scale}
-            for states, labels, scale in zip(*(part.split(rows) for part in parts), strict=True)
-        ]
+        given = {"hidden_states": hidden} | {name: microbatch[name] for name in ("labels", "grad_scale")} | taught
+        split = {name: each.flatten(0, 1).split(rows) for name, each in given.items()}
+        fixed = self.binding.inputs(self.head) | self.head_inputs
+        chunks = [fixed | dict(zip(split, pieces, strict=True)) for pieces in zip(*split.values(), strict=True)]
         if self.head["given"]:  # the head's rows are tokens
             first = microbatch.get("first_row", self.tables["first_row"]) * hidden.shape[1]
             chunks = [chunk | {"first_row": first + index * rows} for index, chunk in enumerate(chunks)]

@@ -17,6 +17,7 @@ from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.capture import Captured, Sources, capture_stage
 from compiled.capture_parts import capture_head, head_stage
+from compiled.capture_teacher import capture_teacher
 from compiled.capture_update import Optimizer
 from compiled.groups import add_updates, lookup_rows
 from compiled.spec import StepSpec
@@ -34,24 +35,30 @@ class Schedule:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     head: dict[str, Any] = field(default_factory=dict)
     updates: list[dict[str, Any]] = field(default_factory=list)
+    teacher: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def capture_step(
-    model: StagedModel, spec: StepSpec, optimizers: Mapping[str, Optimizer], policy: PrecisionPolicy
+    model: StagedModel,
+    spec: StepSpec,
+    optimizers: Mapping[str, Optimizer],
+    policy: PrecisionPolicy,
+    teacher: StagedModel | None = None,
 ) -> tuple[Regions, Schedule]:
     """Trace every distinct part of the step on fake tensors; returns the regions by name and their schedule.
 
-    `optimizers`: the update rule of each trained parameter, by its full name.
+    `optimizers`: the update rule of each trained parameter, by its full name. `teacher`: a frozen model whose
+    predictions are learned too.
     """
     device_type = spec.device["kind"]
     sources = Sources(lowering.fake_mode(), torch.device(device_type))
     as_products = spec.target.get("kind") == "mlir"
     calls = external_calls() if as_products else nullcontext()
     with calls, lowering.attention_context(device_type, as_products=as_products), lowering.quiet_torch():
-        return _capture_step(model, spec, optimizers, policy, sources)
+        return _capture_step(model, spec, optimizers, policy, sources, teacher)
 
 
 def _capture_step(
@@ -60,6 +67,7 @@ def _capture_step(
     optimizers: Mapping[str, Optimizer],
     policy: PrecisionPolicy,
     sources: Sources,
+    teacher: StagedModel | None,
 ) -> tuple[Regions, Schedule]:
     regions: Regions = {}
     schedule = Schedule()
@@ -80,10 +88,16 @@ def _capture_step(
             entries[kind], _ = _add_stage(regions, f"block_{len(entries)}", stage, activations, sources)
         schedule.blocks.append(entries[kind] | slots(stage))
 
+    teacher_head = None
+    if teacher is not None:
+        shared = _shared_inputs(teacher, spec, sources)
+        taught, schedule.teacher, teacher_head = capture_teacher(teacher, ids, shared, sources)
+        regions |= taught
+
     head = head_stage(model)
     tokens = spec.batch_size * spec.max_seq_length
     sizes = (tokens, hidden_states.shape[-1], spec.head_chunks)
-    for captured in capture_head(head, sources, policy, *sizes, spec.loss_terms):
+    for captured in capture_head(head, sources, policy, *sizes, spec.loss_terms, teacher_head):
         regions[captured.spec.name] = captured
     schedule.head = {"train": "head_train", "evaluate": "head_evaluate", "chunks": spec.head_chunks} | slots(head)
 

@@ -58,6 +58,7 @@ class StepSpec:
     lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha, layers and norms; empty: every weight is trained
     skips_nonfinite: bool = False  # the update can be told to leave everything as it is
     loss_terms: list[str] = field(default_factory=list)  # what is minimised beside cross entropy: objective.TERMS
+    teacher: dict[str, Any] = field(default_factory=dict)  # the shape of the model whose predictions are learned too
     target: dict[str, Any] = field(default_factory=dict)  # {} machine code by Inductor; else kind (mlir), dialect, …
 
     def to_json(self) -> dict[str, Any]:

@@ -32,9 +32,9 @@ class Entry:
     default: str | Mapping[str, Any] = "dense"
 
 
-def read_entries(given: Sequence[Any]) -> list[Entry]:
+def read_entries(given: Sequence[Any], at_least: int = 2) -> list[Entry]:
     """The entries of `backends=[…]`, each under a name of its own. Raises UserError for one of no known form."""
-    if len(given) < 2:
+    if len(given) < at_least:
         raise UserError(
             f"backends has {len(given)} entr{'y' if len(given) == 1 else 'ies'}. Expected two at least, the reference "
             "first: backends='[dense, optical]'."

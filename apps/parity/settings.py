@@ -21,7 +21,12 @@ class CompareSettings:
     """Compare backends on one model and one dataset: errors of every layer, logits, perplexity, time, energy."""
 
     backends: list[Any] = setting(
-        help="the first is the reference: [dense, optical, {use: optical, q_levels: 64}, {rules: [{match: …, use: …}]}]"
+        factory=lambda: ["dense"],
+        help="the first is the reference: [dense, optical, {use: optical, q_levels: 8}, {rules: [{match: …, use: …}]}]",
+    )
+    targets: list[Any] = setting(
+        factory=list,
+        help="compare these instead, on one train step; the first is the reference: [eager, inductor, mlir]",
     )
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -68,6 +68,13 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    model_name_or_path: str | None = setting(None, "folder of a frozen teacher of the same vocabulary; null: none")
+    weight: float = setting(0.5, "share of the loss that is T² · KL(teacher ‖ model)", above=0, at_most=1)
+    temperature: float = setting(1.0, "T: logits of both are divided by it", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     dataset: str | None = setting(None, "dataset folder; null: the embedded corpus, prepared when missing")
     batch_size: int = setting(8, "rows per worker and microbatch; fixed by the artifact", at_least=1)
@@ -105,6 +112,7 @@ class TrainingConfig:
         "auto", "copies: GPUs of a host fetch each other's; auto: if they can"
     )
     worker_timeout: float = setting(300.0, "seconds without progress of a worker that end the job", above=0)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apps.training.config_schema import OptimizerConfig
+from apps.training.distilling import divergence
 from apps.training.eager_update import make_updates
 from apps.training.parameter_groups import ParameterGroup, parameter_groups
 from backends.precision import BITS, PrecisionPolicy, as_torch
@@ -56,10 +57,15 @@ class EagerProgram:
         stats_every: int | None = None,
         loss_terms: Mapping[str, float] | None = None,
         skips_nonfinite: bool = False,
+        teacher: nn.Module | None = None,
     ) -> None:
-        """`groups`: the rules of the parameters; None: the default optimizer's. `loss_terms`: of compiled.objective."""
+        """`groups`: the rules of the parameters; None: the default optimizer's. `loss_terms`: of compiled.objective.
+
+        `teacher`: a frozen model whose predictions are learned, as the terms say.
+        """
         groups = parameter_groups(OptimizerConfig(), model) if groups is None else groups
         self.model, self.loss_terms, self.skips_nonfinite = model, loss_terms or {}, skips_nonfinite
+        self.teacher = teacher
         self.reducer: Reducer = reducer or OneWorker()
         self.reducer.assign([sum(parameter.nbytes for parameter in model.parameters())])
         assert not self.reducer.shards, "the eager twin keeps its optimizer state whole"
@@ -186,6 +192,11 @@ class EagerProgram:
             return (scale * each).sum(), state
         smoothing, penalty = terms.get("label_smoothing", 0.0), terms.get("z_loss", 0.0)
         smoothed = F.cross_entropy(flat, microbatch["labels"].flatten(), reduction="none", label_smoothing=smoothing)
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher(input_ids=microbatch["input_ids"], use_cache=False, **extra).logits
+            taught, weight = taught.to(self.logits_dtype).flatten(0, 1), terms["distill_weight"]
+            smoothed = (1 - weight) * smoothed + weight * divergence(flat, taught, terms["distill_temperature"])
         minimised = smoothed + penalty * flat.logsumexp(-1).square()
         return torch.stack([(scale * each).sum(), (scale * minimised).sum()]), state
 

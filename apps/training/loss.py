@@ -19,13 +19,16 @@ from torch import Tensor
 from apps.training.config_schema import TrainingConfig
 from apps.training.data.packing import Rows
 from apps.training.data.token_types import TokenType
-from compiled.objective import TERMS
+from compiled.objective import DISTILL_TERMS, TERMS
 
 
 def loss_terms(settings: TrainingConfig) -> dict[str, float]:
     """What is minimised beside cross entropy, by the names of `compiled.objective`; empty: nothing."""
     given = {name: getattr(settings, name) for name in TERMS}
-    return {name: value for name, value in given.items() if value}
+    found = {name: value for name, value in given.items() if value}
+    if settings.distill.model_name_or_path is not None:
+        found |= dict(zip(DISTILL_TERMS, (settings.distill.weight, settings.distill.temperature), strict=True))
+    return found
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class MemoryEstimate:
     activations: int
     snapshot: int = 0  # of a checkpoint that is being written
     statistics: int = 0  # the last gradient and the last update
+    teacher: int = 0  # its weights
 
     @property
     def total(self) -> int:
@@ -68,7 +69,7 @@ def compiled_estimate(
 ) -> MemoryEstimate:
     """The peak of a run of the artifact with this manifest; gradients summed over microbatches are wider."""
     cost = manifest["cost"]
-    return estimate(
+    needed = estimate(
         manifest["parameters"],
         precision,
         state_tensors=manifest["optimizer"]["state_elements"] / max(manifest["trained_parameters"], 1),
@@ -76,6 +77,7 @@ def compiled_estimate(
         wide_gradients=several_microbatches,
         num_trained=manifest["trained_parameters"],
     )
+    return replace(needed, teacher=manifest["teacher_bytes"])
 
 
 def of_one_worker(whole: MemoryEstimate, num_trained: int, world_size: int, *, shards: bool) -> MemoryEstimate:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from apps.training.config_schema import TrainConfig
+from apps.training.distilling import load_teacher
 from apps.training.eager_program import EagerProgram
 from apps.training.loss import loss_terms
 from apps.training.memory import (
@@ -63,9 +65,13 @@ def make_program(
 ) -> Program:
     """The program that trains `model` in place, one of `workers` alike."""
     precision, reducer, terms = plan.precision, _reducer(config, workers), loss_terms(config.training)
+    teacher = None
+    if plan.teacher_config is not None:
+        teacher = load_teacher(config, plan.teacher_config, next(model.parameters()).device)
     if artifact is None:
         return EagerProgram(
             model,
+            teacher=teacher,
             groups=plan.groups,
             precision=precision,
             reducer=reducer,
@@ -77,6 +83,7 @@ def make_program(
     return _program_class(config.run.cuda_graph, artifact)(
         artifact,
         model,
+        teacher=teacher,
         moments_dtype=as_torch(precision.moments),
         master_dtype=master,
         reducer=reducer,
@@ -155,6 +162,8 @@ def run_memory(
             wide_gradients=several or BITS[precision.parameters] < BITS["float32"],
             num_trained=plan.num_trained,
         )
+        teacher = plan.bare_teacher()
+        whole = replace(whole, teacher=0 if teacher is None else sum(each.nbytes for each in teacher.parameters()))
     mine = of_one_worker(whole, plan.num_trained, world_size, shards=training.shard_optimizer)
     if config.logging.stats_every is not None:
         share = world_size if training.shard_optimizer else 1

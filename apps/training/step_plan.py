@@ -19,6 +19,7 @@ import modelzoo
 from apps.training import optimizers
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import written
+from apps.training.distilling import teacher_config
 from apps.training.lora import add_updates, spec_fields
 from apps.training.loss import loss_terms
 from apps.training.optimizers import Optimizer
@@ -62,6 +63,7 @@ class StepPlan:
     precision: PrecisionPolicy
     groups: list[ParameterGroup]
     spec: StepSpec
+    teacher_config: Any | None
 
     @property
     def num_parameters(self) -> int:
@@ -76,6 +78,12 @@ class StepPlan:
             "N": self.num_parameters,
             "N_non_embedding": self.num_parameters - sum(table.numel() for table in tables),
         }
+
+    def bare_teacher(self) -> Any | None:
+        """The teacher without weights; None where there is none."""
+        if self.teacher_config is None:
+            return None
+        return modelzoo.build_meta(self.teacher_config, dtype=self.precision.parameters)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -114,6 +122,8 @@ def plan_step(config: TrainConfig) -> StepPlan:
     routing = route(model, config.backend.rules, config.backend.default)
     updates = add_updates(config.lora, model, config.training.seed)
     groups = parameter_groups(config.optimizer, model)
+    teacher = teacher_config(config, model_config.vocab_size)
+    logits_a_token = model_config.vocab_size * (1 if teacher is None else 2)  # the teacher has as many
     tokens = config.training.batch_size * config.model.max_seq_length
     spec = StepSpec(
         model_name=name,
@@ -123,7 +133,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         max_seq_length=config.model.max_seq_length,
         precision=config.precision.named(),
         article_attention=config.model.article_attention,
-        head_chunks=head_chunks(config.compile.head_chunks, tokens, model_config.vocab_size, kind),
+        head_chunks=head_chunks(config.compile.head_chunks, tokens, logits_a_token, kind),
         optimizer=_optimizer_fields(config.optimizer.name, groups),
         recompute=config.compile.recompute,
         device=describe_device(kind),
@@ -132,9 +142,10 @@ def plan_step(config: TrainConfig) -> StepPlan:
         lora=spec_fields(updates),
         skips_nonfinite=config.training.max_nonfinite_steps > 0,
         loss_terms=list(loss_terms(config.training)),
+        teacher={} if teacher is None else _graph_fields(teacher),
         target=describe_target(config.compile.mlir.dialect, config.compile.mlir.compiler) if target == "mlir" else {},
     )
-    return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec)
+    return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec, teacher)
 
 
 def device_kind(arch: str) -> str:
@@ -206,7 +217,10 @@ def compile_command(config: TrainConfig) -> str:
     arguments += ["training.deterministic=true"] if config.training.deterministic else []
     skipping = config.training.max_nonfinite_steps
     arguments += [f"training.max_nonfinite_steps={skipping}"] if skipping else []
-    arguments += [f"training.{name}={value}" for name, value in loss_terms(config.training).items()]
+    distill = config.training.distill.model_name_or_path
+    arguments += [] if distill is None else [f"training.distill.model_name_or_path={distill}"]
+    for name, value in loss_terms(config.training).items():
+        arguments.append(f"training.{name.replace('distill_', 'distill.')}={value}")
     optimizer, standard = config.optimizer, type(config.optimizer)()
     arguments += [f"optimizer={optimizer.name}"] if optimizer.name != standard.name else []
     for key in ("moments_dtype", "master_weights", "groups"):

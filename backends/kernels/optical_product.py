@@ -84,7 +84,16 @@ def multiply(operands: Operands, half: bool, levels: int) -> Tensor:
     else:
         flat = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
         product = flat.view(*left.shape[:-1], right.shape[-1])
-    return product * (left_size * right_size)
+    return product * stored(left_size * right_size)
+
+
+def stored(scalar: Tensor) -> Tensor:
+    """The same 0-d number, as a value that Inductor keeps in memory: the result of a reduction is, a product's is not.
+
+    What is computed from more than four values and used twice is written to memory whole: a factor made of the four
+    ends of two ranges would have the sums written again, scaled and in float32.
+    """
+    return scalar.expand(16).amax()
 
 
 def detect(

@@ -231,3 +231,37 @@ def test_it_starts_from_the_root_and_from_its_own_folder(place: str) -> None:
     done = subprocess.run(command, cwd=ROOT / place, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: backends has 1 entry.")
+
+
+def test_a_target_against_itself_has_no_error(
+    arguments: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {"backends": "[optical]", "targets": "[eager, {target: eager, name: again}]"}
+    code, out, _ = run(capsys, monkeypatch, arguments, **changes)
+    output = tmp_path / "out"
+    assert code == 0
+    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "targets.csv", "targets_gradients.csv"]
+    first, second = rows_of(output / "targets.csv")
+    assert (first["target"], second["target"]) == ("eager", "again")
+    assert float(first["first_loss"]) == pytest.approx(math.log(300), rel=0.05)  # random weights, 300 tokens
+    assert first["last_loss"] == second["last_loss"] != first["first_loss"]
+    for error in ("worst_loss_error", "worst_gradient_error", "worst_weight_error"):
+        assert second[error] == "0.0"
+    gradients = rows_of(output / "targets_gradients.csv")
+    assert {row["target"] for row in gradients} == {"again"}
+    assert len(gradients) == 2 * 9 + 3
+    assert "eager (reference)" in out
+    code, _, err = run(capsys, monkeypatch, arguments, **changes)
+    assert (code, "holds a report" in err) == (2, True)
+
+
+def test_targets_compare_one_backend(
+    arguments: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, arguments, targets="[eager, mlir]")
+    assert code == 2
+    assert "backends has 2 entries. Give one" in err
+    assert not (tmp_path / "out").exists()

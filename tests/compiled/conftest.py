@@ -48,13 +48,21 @@ class Compiled:
             moments_dtype=as_torch(self.plan.precision.moments),
             master_dtype=None if master == "none" else as_torch(master),
             loss_terms=self.loss_terms,
+            teacher=self.teacher(),
             **options,
         )
+
+    def teacher(self) -> Any:
+        """The teacher with random weights; None for a step without one."""
+        if self.plan.teacher_config is None:
+            return None
+        return modelzoo.build_model(self.plan.teacher_config, dtype=self.plan.precision.parameters, seed=2).eval()
 
     @property
     def loss_terms(self) -> dict[str, float]:
         """Numbers for the terms that the step was compiled with."""
-        return {name: {"label_smoothing": 0.1, "z_loss": 0.02}[name] for name in self.plan.spec.loss_terms}
+        numbers = {"label_smoothing": 0.1, "z_loss": 0.02, "distill_weight": 0.7, "distill_temperature": 2.0}
+        return {name: numbers[name] for name in self.plan.spec.loss_terms}
 
     def batch(self, seed: int, counted: float = 1.0, of: int | None = None) -> dict[str, Tensor]:
         """A random batch; a share `counted` of its positions enters the loss, each with weight 1 / `of`."""
@@ -141,7 +149,8 @@ def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.Temp
                 if not path.exists():
                     target = plan.spec.target
                     mlir = MlirOptions(target["dialect"], compiler=target.get("compiler")) if target else None
-                    content = build(plan.model, plan.spec, plan.optimizers, plan.precision, mlir=mlir)
+                    how = (plan.spec, plan.optimizers, plan.precision)
+                    content = build(plan.model, *how, teacher=plan.bare_teacher(), mlir=mlir)
                     path.with_suffix(".part").write_bytes(content)
                     path.with_suffix(".part").rename(path)
             made[key] = Compiled(plan, open_artifact(path), list(rules))

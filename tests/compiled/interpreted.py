@@ -24,7 +24,9 @@ class InterpretedArtifact:
 
     def __init__(self, plan: StepPlan) -> None:
         with lowering.determinism(plan.spec.deterministic):
-            self.captured, schedule = capture_step(plan.model, plan.spec, plan.optimizers, plan.precision)
+            self.captured, schedule = capture_step(
+                plan.model, plan.spec, plan.optimizers, plan.precision, plan.bare_teacher()
+            )
         optimizer = describe_optimizers(plan.optimizers, schedule.updates)
         self.spec: dict[str, Any] = plan.spec.to_json()
         self.manifest: dict[str, Any] = {"schedule": schedule.to_json(), "optimizer": optimizer}

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compiled.objective import TERMS, loss_and_objective, loss_sum
+from compiled.objective import DISTILL_TERMS, TERMS, loss_and_objective, loss_sum
 
 
 def reference_loss(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> Tensor:
@@ -56,16 +56,41 @@ def test_the_objective_is_the_formula_and_the_loss_stays(
     assert objective == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
-@pytest.mark.parametrize("names", [(), ("label_smoothing",), ("z_loss",), TERMS])
+@pytest.mark.parametrize("names", [(), ("label_smoothing",), ("z_loss",), TERMS, DISTILL_TERMS, TERMS + DISTILL_TERMS])
 def test_the_gradient_is_that_of_finite_differences(names: tuple[str, ...]) -> None:
     logits, labels, scale = sample(3, 4, 7)
     numbers = {
         "label_smoothing": torch.tensor(0.2, dtype=torch.float64),
         "z_loss": torch.tensor(0.3, dtype=torch.float64),
+        "distill_weight": torch.tensor(0.4, dtype=torch.float64),
+        "distill_temperature": torch.tensor(1.5, dtype=torch.float64),
     }
     terms = {name: numbers[name] for name in names}
+    teacher = sample(4, 4, 7)[0] if "distill_weight" in terms else None
     wanted = logits.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: loss_and_objective(x, labels, scale, terms)[1], (wanted,), atol=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda x: loss_and_objective(x, labels, scale, terms, teacher)[1], (wanted,), atol=1e-7
+    )
+
+
+@given(st.integers(0, 10**6), st.integers(2, 30), st.floats(0.01, 1), st.floats(0.3, 9))
+def test_a_teachers_part_is_the_softened_divergence(seed: int, vocab: int, weight: float, temperature: float) -> None:
+    logits, labels, scale = sample(seed, 5, vocab)
+    teacher = sample(seed + 1, 5, vocab, size=8.0)[0]
+    terms = {
+        "distill_weight": torch.tensor(weight, dtype=torch.float64),
+        "distill_temperature": torch.tensor(temperature, dtype=torch.float64),
+    }
+    loss, objective = loss_and_objective(logits, labels, scale, terms, teacher).tolist()
+    p, q = (torch.exp(each / temperature) for each in (teacher, logits))
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    divergence = (p * (p / q).log()).sum(-1)
+    entropy = reference_loss(logits, labels, scale).item()
+    expected = (1 - weight) * entropy + weight * temperature**2 * (scale * divergence).sum().item()
+    assert loss == pytest.approx(entropy, rel=1e-12, abs=1e-12)
+    assert objective == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    alike = loss_and_objective(logits, labels, scale, terms, logits)[1].item()
+    assert alike == pytest.approx((1 - weight) * entropy, rel=1e-10, abs=1e-12)
 
 
 def test_label_smoothing_is_torchs() -> None:

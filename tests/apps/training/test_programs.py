@@ -72,7 +72,13 @@ def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig
     cost, state = {"activation_bytes": 1000, "head_bytes": 24}, {"state_elements": 2 * parameters}
     artifact = Artifact(
         Path("a.substrate"),
-        {"cost": cost, "optimizer": state, "parameters": parameters, "trained_parameters": parameters},
+        {
+            "cost": cost,
+            "optimizer": state,
+            "parameters": parameters,
+            "trained_parameters": parameters,
+            "teacher_bytes": 0,
+        },
     )
     needed = run_memory(config, plan, artifact, accumulation=1, world_size=1)
     assert needed.activations == 1024

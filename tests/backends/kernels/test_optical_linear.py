@@ -2,10 +2,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from backends.kernels.optical_linear import optical_linear, optical_matmul, runs_in_half
-from backends.kernels.optical_product import FITS_FLOAT16, NARROW_LEVELS, Converters, Operands, multiply
+from backends.kernels.optical_product import (
+    FITS_FLOAT16,
+    NARROW_LEVELS,
+    Converters,
+    Operands,
+    Place,
+    detect,
+    multiply,
+)
 from backends.kernels.quantise import Range
+from compiled import lowering
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-23, torch.float64: 2.0**-52}
 ZERO = torch.zeros((), dtype=torch.int64)
@@ -219,6 +229,35 @@ def test_gradients_are_those_of_the_plain_product_for_whoever_wants_one(needed):
     upstream = torch.randn(2, 3, 5, dtype=torch.float64)
     expected = torch.autograd.grad(torch.nn.functional.linear(*operands), wanted, upstream)
     torch.testing.assert_close(torch.autograd.grad(y, wanted, upstream), expected)
+
+
+def test_the_range_is_seen_in_the_float16_sums_themselves():
+    """Before Inductor fuses anything, and where it cannot: no scaled copy of them in float32 lies in memory."""
+    dtypes, read = {}, set()
+
+    def look(nodes):
+        for node in nodes:
+            dtypes[node.node.get_name()] = node.node.get_layout().dtype
+            if node.is_reduction() and node.node.get_layout().size == [] and len(node.read_writes.reads) > 1:
+                read.update(dep.name for dep in node.read_writes.reads)
+        return nodes
+
+    def product(a, b, ends):
+        left, right, out = Range(ends[0], ends[1]), Range(ends[2], ends[3]), Range(ends[4], ends[5])
+        place = Place(torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), 1)
+        y, seen = detect(Operands(a, b, left, right), (64, 48), out, converters(), place, half=True, observe=True)
+        return y.to(torch.bfloat16), seen.low, seen.high
+
+    given = torch.randn(64, 32).clamp(-1, 1), torch.randn(32, 48).clamp(-1, 1), torch.tensor([-1.0, 1, -2, 2, -9, 9])
+    with lowering.quiet_torch():
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
+    with lowering.quiet_torch(), config.patch(_pre_fusion_custom_pass=look, force_disable_caches=True):
+        _, low, high = compile_fx(make_fx(product)(*given), given)(*given)
+    exact = given[0].double() @ given[1].double()
+    torch.testing.assert_close(torch.stack([low, high]).double(), torch.stack(exact.aminmax()), rtol=1e-3, atol=0.0)
+    sums = [name for name in read if name in dtypes and dtypes[name] == torch.float16]
+    assert len(sums) == 1, (read, dtypes)
 
 
 @pytest.mark.parametrize("levels", [NARROW_LEVELS, 2])

@@ -141,6 +141,40 @@ def steps(artifact: str, count: str, *settings: str) -> dict[str, Any]:
     }
 
 
+def whole_step(artifact: str, count: str, *settings: str) -> dict[str, Any]:
+    """`count` steps through the artifact's one module of the whole step, its new values given back to it by name."""
+    from apps.training.config import parse
+    from apps.training.eager_program import EagerProgram
+    from apps.training.step_plan import plan_step
+    from compiled.artifact import open_artifact, read_member
+    from compiled.mlir.modules import ModuleSpec
+    from tests.compiled.conftest import Compiled
+
+    opened, plan = open_artifact(Path(artifact)), plan_step(parse(list(settings)))
+    module = ModuleSpec.from_json(opened.manifest["mlir"]["modules"]["step"])
+    compiler = IreeCompiler()
+    run = compiler.load(compiler.compile(read_member(opened, module.file)))
+    compiled = Compiled(plan, opened, [])
+    model, theirs = compiled.model(), compiled.model()
+    twin = EagerProgram(theirs, groups=plan.groups, precision=plan.precision)
+    cos, sin = model.rotary_tables(plan.spec.max_seq_length, torch.device("cpu"))
+    given = {each.name: torch.zeros(each.shape, dtype=getattr(torch, each.dtype)) for each in module.arguments}
+    given |= {name: each.detach().clone() for name, each in model.named_parameters()} | {"cos": cos, "sin": sin}
+    worst = {"loss": 0.0, "norm": 0.0}
+    for step in range(1, int(count) + 1):
+        batch, hyper = compiled.batch(step, 0.8), compiled.hyperparameters(model, step)
+        given |= batch | {"hyperparameters": hyper, "max_grad_norm": torch.tensor(0.5)}
+        results = run([given[each.name] for each in module.arguments])
+        for argument, result in module.donations:
+            given[module.arguments[argument].name] = results[result]
+        expected = twin.train_step([batch], hyper, 0.5)
+        named = {each.name: result for each, result in zip(module.results, results, strict=True)}
+        worst["loss"] = max(worst["loss"], relative(named["loss"], expected.loss))
+        worst["norm"] = max(worst["norm"], relative(named["grad_norm"], expected.grad_norm))
+    weights = [(given[name], each.detach()) for name, each in theirs.named_parameters()]
+    return worst | {"parameters": max(float((a - b).norm() / b.norm()) for a, b in weights)}
+
+
 def watch(regions: dict[str, Region]) -> None:
     """Fail where a module itself writes an argument, which only `load_region` is to do."""
     for region in regions.values():

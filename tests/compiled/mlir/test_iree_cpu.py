@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from apps.training.step_plan import StepPlan
+from compiled.build import build
 from compiled.mlir.compilers import CompileError
 from compiled.mlir.iree_cpu import IreeCompiler
+from compiled.mlir.lowering import MlirOptions
 from tests.compiled.conftest import Compile
 
 pytest.importorskip("iree.compiler", reason="needs the extra [mlir]")
@@ -66,3 +69,21 @@ def test_steps_equal_the_eager_twin(compile_step: Compile, tiny_config: Callable
     assert found["evaluation"] <= tolerance
     # Adam divides by the gradient's own size: where a gradient is all rounding, so is its update
     assert found["parameters"] <= 10 * tolerance
+
+
+@pytest.mark.slow
+def test_the_module_of_the_whole_step_equals_the_eager_twin(
+    plan_of: Callable[..., StepPlan], tiny_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("torch_mlir", reason="needs the extra [mlir]")
+    settings, fields = ("compile.target=mlir", "compile.mlir.compiler=none"), {"num_hidden_layers": 1}
+    plan = plan_of(*settings, **fields)
+    artifact = tmp_path / "whole.substrate"
+    mlir = MlirOptions(whole_step=True)
+    artifact.write_bytes(build(plan.model, plan.spec, plan.optimizers, plan.precision, mlir=mlir))
+    shape = ("training.batch_size=2", "model.max_seq_length=16", "compile.arch=cpu")
+    config = f"checkpoint.config_name={tiny_config(**fields)}"
+    found = case("whole_step", str(artifact), "3", "command=run", config, *shape, *settings)
+    assert found["loss"] <= 1e-5
+    assert found["norm"] <= 1e-5
+    assert found["parameters"] <= 1e-4

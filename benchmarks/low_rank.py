@@ -1,0 +1,299 @@
+"""What compression does to held-out perplexity: four methods, two ways to spend the budget, before and after tuning.
+
+    python benchmarks/low_rank.py out=outputs/low-rank-study jobs=6 minutes=10
+    python benchmarks/low_rank.py out=outputs/low-rank-study models=benchmarks/low_rank_model steps=400 tune=40 \
+        tokens=16384 length=128 vocabulary=2048 dev_ratio=0.005 jobs=1 optimizer.lr=3e-3 compile.target=eager
+    python benchmarks/low_rank.py out=outputs/low-rank-study report=only
+
+Trains a dense model on the corpus every machine has, compresses it at each share `keep` by each method with each
+allocation, and trains every one of these, and the dense model itself, for the same `tune` further steps on the same
+rows. Settings are train_llm.py's (for all trainings), and those of OWN: `steps` of the dense training (empty: those of
+MODELS) or the `minutes` it is to take, counted from the pace of its first steps; `tune_lr` is the peak of both a linear
+rise and fall; `tokens` of calibration; `input`, `length` of a row, `vocabulary` and `dev_ratio` as prepare_data.py
+takes them; `models` by name or folder. The short trainings are eager: with
+`spectrum` no two compressed models have layers of the same shapes, and each would be compiled for itself.
+
+`jobs` of them run at a time. What is done is not done again, so a stopped study goes on; `report=only` shows what is
+there. `out` gets low-rank.md, low-rank.png, low-rank.json, and a log for each part.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from apps.training.reporting.output_folder import METRICS  # noqa: E402
+
+# the settings of a model's trainings; the steps of its dense one, unless others are asked for
+MODELS = {
+    "demo": (["training.batch_size=8", "optimizer.lr=2e-3"], 500),
+    "clm-60m": (["training.batch_size=16", "optimizer.lr=1e-3"], 1000),
+}
+OTHER_MODELS = (["training.batch_size=8", "optimizer.lr=1e-3"], 500)
+METHODS = ("svd", "asvd", "svd_llm", "mimic")
+ALLOCATIONS = ("uniform", "spectrum")
+OWN = {
+    "out": "outputs/low-rank-study",
+    "jobs": "2",
+    "models": ",".join(MODELS),
+    "keeps": "0.8,0.6,0.4",
+    "methods": ",".join(METHODS),
+    "allocations": ",".join(ALLOCATIONS),
+    "steps": "",
+    "minutes": "",
+    "tune": "100",
+    "tune_lr": "3e-4",
+    "tokens": "65536",
+    "input": "corpus",
+    "length": "256",
+    "vocabulary": "4096",
+    "dev_ratio": "0.05",
+    "report": "after",
+}
+PACE_STEPS = 30
+COLOURS = {"svd": "#9db7d9", "asvd": "#e08e0b", "svd_llm": "#7b4fa3", "mimic": "#d1495b", "dense": "#6b7280"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compression of a model; without a method the dense model itself."""
+
+    model: str
+    method: str = "dense"
+    allocation: str = ""
+    keep: str = ""
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (Path(self.model).name, self.method, self.allocation, self.keep)))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Perplexity on held-out text before and after the short training; None where it was not taken."""
+
+    before: float | None
+    after: float | None
+
+
+class Study:
+    """Carries out its parts in a folder, some at a time."""
+
+    def __init__(self, own: dict[str, str], settings: list[str]) -> None:
+        self.own, self.settings, self.out = own, settings, Path(own["out"]).resolve()
+        self.models, self.keeps = own["models"].split(","), own["keeps"].split(",")
+        self.methods, self.allocations = own["methods"].split(","), own["allocations"].split(",")
+        self.jobs = int(own["jobs"])
+
+    def cases(self, model: str) -> list[Case]:
+        compressed = [
+            Case(model, method, allocation, keep)
+            for keep in self.keeps
+            for method in self.methods
+            for allocation in self.allocations
+        ]
+        return [Case(model), *compressed]
+
+    def program(self, log: str, script: str, *arguments: str, at_once: int = 1) -> None:
+        """Run a script to its end, one of `at_once` that share the cores; the log appears when it has ended well."""
+        path = self.out / "logs" / f"{log}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cores = len(os.sched_getaffinity(0))
+        threads = {name: str(max(1, cores // at_once)) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
+        started, partial = time.monotonic(), path.with_suffix(".running")
+        with partial.open("w") as file:
+            command = [sys.executable, script, *arguments]
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads)
+        partial.replace(path if done.returncode == 0 else path.with_suffix(".failed"))
+        outcome = "done  " if done.returncode == 0 else "FAILED"
+        print(f"{outcome} {log}, {time.monotonic() - started:.0f} s", flush=True)
+
+    def is_done(self, log: str) -> bool:
+        return (self.out / "logs" / f"{log}.log").exists()
+
+    def text(self, log: str) -> str:
+        path = self.out / "logs" / f"{log}.log"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def carry_out(self) -> None:
+        if not self.is_done("prepare"):
+            shutil.rmtree(self.out / "dataset", ignore_errors=True)
+            data = [f"input={self.own['input']}", f"output_dir={self.out}/dataset"]
+            data += [f"max_seq_length={self.own['length']}", f"vocab_size={self.own['vocabulary']}"]
+            data += [f"dev_ratio={self.own['dev_ratio']}"]
+            self.program("prepare", "apps/prepare_data.py", *data)
+        for model in self.models:
+            self.train_dense(model)
+        cases = [case for model in self.models for case in self.cases(model)]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self.compress_and_tune, cases))
+
+    def training(self, model: str, output: Path, steps: int, *more: str) -> list[str]:
+        given = [*MODELS.get(model, OTHER_MODELS)[0], f"model.max_seq_length={self.own['length']}", "logging.every=100"]
+        given += [f"training.max_steps={steps}"]
+        given += [f"schedule.warmup_steps={max(1, steps // 20)}", f"training.dataset={self.out}/dataset"]
+        given += [f"training.output_dir={output}", "training.overwrite_output_dir=true"]
+        given += [f"compile.output_dir={self.out}/artifacts", *self.settings, *more]
+        return [f"{key}={value}" for key, value in dict(each.split("=", 1) for each in given).items()]
+
+    def train_dense(self, model: str) -> None:
+        """From random weights, through the artifact."""
+        dense = Case(model).name
+        if self.is_done(dense):
+            return
+        start = f"checkpoint.config_name={model}"
+        if not self.is_done(f"{dense}-compile") and "compile.target=eager" not in self.settings:
+            given = self.training(model, self.folder(dense), 1, start)
+            self.program(f"{dense}-compile", "apps/train_llm.py", "command=compile", *given)
+        steps = int(self.own["steps"] or MODELS.get(model, OTHER_MODELS)[1])
+        if self.own["minutes"]:
+            pace = self.folder(f"{dense}-pace")
+            given = self.training(model, pace, PACE_STEPS, start, "training.evaluate=false")
+            self.program(f"{dense}-pace", "apps/train_llm.py", "command=run", *given)
+            steps = math.ceil(60 * float(self.own["minutes"]) / seconds_of_a_step(pace))
+        given = self.training(model, self.folder(dense), steps, start)
+        self.program(dense, "apps/train_llm.py", "command=run", *given)
+
+    def compress_and_tune(self, case: Case) -> None:
+        dense = self.folder(Case(case.model).name)
+        small = dense if case.method == "dense" else self.folder(f"{case.name}-small")
+        log = f"{case.name}-compress"
+        if case.method != "dense" and not self.is_done(log):
+            shutil.rmtree(small, ignore_errors=True)
+            given = [f"checkpoint.model_name_or_path={dense}", f"output_dir={small}"]
+            given += [f"compress.method={case.method}", f"compress.allocation={case.allocation}"]
+            given += [f"compress.keep={case.keep}", f"compress.calibration={self.out}/dataset"]
+            given += [f"compress.tokens={self.own['tokens']}", f"max_seq_length={self.own['length']}"]
+            self.program(log, "apps/compress_llm.py", *given, at_once=self.jobs)
+        if not self.is_done(f"{case.name}-tune"):
+            start = [f"checkpoint.model_name_or_path={small}", "compile.target=eager"]
+            start += [f"optimizer.lr={self.own['tune_lr']}", "training.seed=7"]
+            given = self.training(case.model, self.folder(f"{case.name}-tuned"), int(self.own["tune"]), *start)
+            self.program(f"{case.name}-tune", "apps/train_llm.py", "command=run", *given, at_once=self.jobs)
+
+    def folder(self, name: str) -> Path:
+        return self.out / "runs" / name
+
+    def figures(self, case: Case) -> Figures:
+        if case.method == "dense":
+            return Figures(evaluated(self.text(case.name)), evaluated(self.text(f"{case.name}-tune")))
+        found = re.findall(r"^Perplexity after: (\S+)$", self.text(f"{case.name}-compress"), re.MULTILINE)
+        return Figures(float(found[-1]) if found else None, evaluated(self.text(f"{case.name}-tune")))
+
+
+def seconds_of_a_step(folder: Path) -> float:
+    """The median of a run's steps, the first three left out."""
+    with (folder / METRICS).open(newline="") as file:
+        return statistics.median(float(row["Time per Step"]) for row in list(csv.DictReader(file))[3:])
+
+
+def evaluated(log: str) -> float | None:
+    """The perplexity that a training ended with."""
+    found = re.findall(r"^Evaluation loss: \S+, Perplexity: (\S+)$", log, re.MULTILINE)
+    return float(found[-1]) if found else None
+
+
+def table(study: Study, model: str) -> str:
+    """Markdown: a method and an allocation a row, the lowest figure of each column in bold; what mimic lost, below."""
+    found = {case: study.figures(case) for case in study.cases(model)}
+    dense = found[Case(model)]
+    heads = [f"keep {keep}{when}" for keep in study.keeps for when in (", before", ", after")]
+    lines = [f"| method | allocation | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    cells: dict[tuple[str, str], list[float | None]] = {
+        (method, allocation): [
+            value for keep in study.keeps for value in asdict(found[Case(model, method, allocation, keep)]).values()
+        ]
+        for method in study.methods
+        for allocation in study.allocations
+    }
+    columns = list(zip(*cells.values(), strict=True))
+    lowest = [min((value for value in column if value is not None), default=None) for column in columns]
+    for (method, allocation), values in cells.items():
+        shown_values = [shown(value, value == low) for value, low in zip(values, lowest, strict=True)]
+        lines.append(f"| {method} | {allocation} | {' | '.join(shown_values)} |")
+    lines += ["", f"Dense: {shown(dense.before)}; after the same tuning: {shown(dense.after)}."]
+    lost = []
+    for head, low, column in zip(heads, lowest, columns, strict=True):
+        winner = next((key for key, value in zip(cells, column, strict=True) if value == low and low is not None), None)
+        if winner is not None and winner[0] != "mimic":
+            lost.append(f"{head} ({' '.join(winner)})")
+    return "\n".join(lines + ([f"Not lowest with mimic: {', '.join(lost)}."] if lost else []))
+
+
+def shown(value: float | None, is_lowest: bool = False) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+    return f"**{text}**" if is_lowest else text
+
+
+def picture(study: Study, path: Path) -> None:
+    """Perplexity against the share kept, a panel for each model, before and after."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        len(study.models), 2, figsize=(11, 4.2 * len(study.models)), squeeze=False, sharey="row"
+    )
+    for model, row in zip(study.models, panels, strict=True):
+        for when, axes in zip(("before", "after"), row, strict=True):
+            for method in study.methods:
+                for allocation in study.allocations:
+                    cases = [Case(model, method, allocation, keep) for keep in study.keeps]
+                    points = [(float(case.keep), getattr(study.figures(case), when)) for case in cases]
+                    points = [(keep, value) for keep, value in points if value is not None]
+                    if points:
+                        style = "-" if allocation == "spectrum" else ":"
+                        label = f"{method}, {allocation}"
+                        axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[method], label=label)
+            dense = getattr(study.figures(Case(model)), when)
+            if dense is not None:
+                axes.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
+            title = f"{Path(model).name}, {when} the short training"
+            axes.set(title=title, xlabel="share of the blocks' numbers kept", ylabel="held-out perplexity")
+            seen = [value for line in axes.get_lines() for value in line.get_ydata()]
+            axes.set_yscale("log" if seen and max(seen) > 3 * min(seen) else "linear")
+            axes.grid(alpha=0.25, which="both")
+            axes.spines[["top", "right"]].set_visible(False)
+        row[1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+    own, settings = dict(OWN), []
+    for argument in sys.argv[1:]:
+        name, _, value = argument.partition("=")
+        if name in own:
+            own[name] = value
+        else:
+            settings.append(argument)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    study = Study(own, settings)
+    study.out.mkdir(parents=True, exist_ok=True)
+    if own["report"] != "only":
+        study.carry_out()
+    text = "\n\n".join(f"**{Path(model).name}**\n\n{table(study, model)}" for model in study.models) + "\n"
+    (study.out / "low-rank.md").write_text(text, encoding="utf-8")
+    results = {case.name: asdict(study.figures(case)) for model in study.models for case in study.cases(model)}
+    (study.out / "low-rank.json").write_text(json.dumps(results, indent=1))
+    picture(study, study.out / "low-rank.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

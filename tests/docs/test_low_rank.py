@@ -1,0 +1,93 @@
+"""The commands of docs/low-rank.md have settings that exist, and the study of the methods runs, is resumed and told."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from apps.compression.settings import CompressSettings
+from apps.training.config import parse, parse_dataclass
+from benchmarks import low_rank
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKS = re.findall(
+    r"^```text\n(.*?)^```", (ROOT / "docs/low-rank.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
+COMMANDS = [shlex.split(line) for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=[" ".join(words[1:3]) for words in COMMANDS])
+def test_a_command_parses(words: list[str]) -> None:
+    python, script, *settings = words
+    assert python == "python"
+    if script.startswith("benchmarks/"):
+        own = import_module(f"benchmarks.{Path(script).stem}").OWN
+        rest = [each for each in settings if each.split("=")[0] not in own]
+        assert parse(["command=compile", *rest])
+    elif script == "apps/compress_llm.py":
+        given = ["expand=true" if each == "--expand" else each for each in settings]
+        assert parse_dataclass(CompressSettings, given, program=script)
+    else:
+        assert script == "apps/train_llm.py"
+        assert parse(settings).command in ("compile", "run")
+
+
+@pytest.fixture(scope="module")
+def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the config.json of a Llama of 2 layers."""
+    folder = tmp_path_factory.mktemp("tiny-shape")
+    config = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def study_of(folder: Path, perplexities: dict[str, tuple[float, float]]) -> low_rank.Study:
+    """A study whose logs are there already."""
+    own = low_rank.OWN | {"out": str(folder), "models": "demo", "keeps": "0.6", "methods": "svd,mimic"}
+    (folder / "logs").mkdir(parents=True)
+    for name, (before, after) in perplexities.items():
+        start = "demo-dense" if name == "demo-dense" else f"{name}-compress"
+        said = f"Evaluation loss: 1.0, Perplexity: {before}" if name == "demo-dense" else f"Perplexity after: {before}"
+        (folder / "logs" / f"{start}.log").write_text(f"Perplexity before: 7\n{said}\n")
+        (folder / "logs" / f"{name}-tune.log").write_text(f"Evaluation loss: 1.0, Perplexity: {after}\n")
+    return low_rank.Study(own, [])
+
+
+def test_the_table_marks_the_lowest_and_says_what_was_lost(tmp_path: Path) -> None:
+    figures = {"demo-dense": (10.0, 9.0), "demo-svd-uniform-0.6": (5e4, 40.0), "demo-svd-spectrum-0.6": (30.0, 11.0)}
+    figures |= {"demo-mimic-uniform-0.6": (12.5, 11.5)}
+    lines = low_rank.table(study_of(tmp_path / "study", figures), "demo").splitlines()
+    assert lines[2:6] == [
+        "| svd | uniform | 5.0e+04 | 40.00 |",
+        "| svd | spectrum | 30.00 | **11.00** |",
+        "| mimic | uniform | **12.50** | 11.50 |",
+        "| mimic | spectrum | – | – |",
+    ]
+    assert lines[-2:] == [
+        "Dense: 10.00; after the same tuning: 9.00.",
+        "Not lowest with mimic: keep 0.6, after (svd spectrum).",
+    ]
+
+
+@pytest.mark.slow
+def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/low_rank.py", f"out={tmp_path}/study", f"models={tiny_shape}", "steps=8"]
+    command += ["tune=2", "tokens=256", "keeps=0.5", "methods=mimic", "allocations=spectrum", "jobs=1", "length=32"]
+    command += [f"input={ROOT}/docs/*.md", "vocabulary=300", "compile.target=eager", "compile.arch=cpu"]
+    first, second = (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=True) for _ in range(2)
+    )
+    assert "FAILED" not in first.stdout
+    name = f"{tiny_shape.name}-mimic-spectrum-0.5"
+    assert f"done   {name}-tune" in first.stdout
+    assert "done" not in second.stdout
+    assert (tmp_path / "study" / "low-rank.png").stat().st_size > 10_000
+    found = json.loads((tmp_path / "study" / "low-rank.json").read_text())
+    assert found.keys() == {f"{tiny_shape.name}-dense", name}
+    assert all(100 < value < 400 for figures in found.values() for value in figures.values())  # 300 tokens
