@@ -51,7 +51,7 @@ def build(
         lowering.require_compiler(spec.device["kind"])
     if mlir is not None and mlir.whole_step and teacher is not None:
         raise UserError(
-            "compile.mlir.whole_step=true has no place for a teacher, and distill.teacher names one. "
+            "compile.mlir.whole_step=true has no place for a teacher, and distill.model_name_or_path names one. "
             "Use compile.mlir.whole_step=false: its regions are modules."
         )
     with lowering.determinism(spec.deterministic):

@@ -42,13 +42,14 @@ def importer_class() -> Any:
     from torch_mlir.extras.fx_importer import GraphNodeImporter
     from torch_mlir.ir import Attribute, FlatSymbolRefAttr, FunctionType, InsertionPoint, StringAttr
 
-    class Importer(GraphNodeImporter):  # type: ignore[misc]
+    class Importer(GraphNodeImporter):
         def _import_torch_op_overload(self, loc: Any, node: Node, concrete_target: Any = None) -> None:
             if str(node.target) != OPERATOR:
                 super()._import_torch_op_overload(loc, node, concrete_target)
                 return
-            tensors, function, attributes = node.args[:3]
-            operands = [self.resolve_node_value(each) for each in tensors]  # type: ignore[union-attr]
+            arguments: Any = node.args
+            tensors, function, attributes = arguments[:3]
+            operands = [self.resolve_node_value(each) for each in tensors]
             results = [self._cc.tensor_to_vtensor_type(each) for each in node.meta["val"]]
             with loc:
                 signature = FunctionType.get([each.type for each in operands], results)
