@@ -29,7 +29,7 @@ os.environ.update(
 def share_compiled_code() -> "tempfile.TemporaryDirectory[str] | None":
     """Let all processes of the session compile through `compiler_cache.py`; what it keeps goes with the result."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None or "TESTS_CXX" in os.environ:  # none, or this is a worker of a session that shares
+    if sys.platform != "linux" or compiler is None or "TESTS_CXX" in os.environ:  # the last: a worker that shares
         return None
     # Always in the same place: Inductor's precompiled headers, 300 MB, are named after it. Called as the compiler is,
     # since Inductor asks the name whether it is GCC.
