@@ -181,6 +181,11 @@ class Backend:
         specs = self.matmul_state()
         return {f"{product}_{name}": spec for product in ("scores", "values") for name, spec in specs.items()}
 
+    def mlir_function(self) -> str | None:
+        """The name of an external function that MLIR modules call for its products, with its options as attributes;
+        None: they are spelled out in standard operators. See docs/mlir.md."""
+        return None
+
     def parameter_spec(self, in_features: int, out_features: int, bias: bool) -> dict[str, tuple[int, ...]] | None:
         """Names and shapes of what a linear layer stores instead of weight and bias; None: it stores these."""
         return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from backends import load
 from backends.base import Backend
 from backends.errors import UserError
+from backends.external import computed_by
 from backends.state import Stateful, device_of
 
 
@@ -62,7 +63,7 @@ class BackendLinear(Stateful, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features]."""
-        x, backend = _cast(x, self.compute_dtype), self.backend
+        x, backend = _cast(x, self.compute_dtype), computed_by(self.backend)
         weight: Any
         if self.stored is None:
             weight = self.effective_weight()
@@ -153,7 +154,7 @@ class BackendAttention(Stateful):
         does not make them.
         """
         q, k, v = (_cast(x, self.compute_dtype) for x in (q, k, v))
-        backend = self.backend
+        backend = computed_by(self.backend)
         compute: Callable[..., Any] = backend.attention
         if drop is not None and self.training:
             if not backend.drops_attention():

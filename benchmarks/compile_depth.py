@@ -2,7 +2,8 @@
 
     python benchmarks/compile_depth.py [rounds=3 section.key=value …]
 
-Prints the median of the rounds for each depth. A first round, which fills the system's file caches, is left out.
+Prints the median of the rounds for each depth. A first round, which fills the system's file caches, is left out, unless
+rounds=0 wants no other.
 """
 
 import json
@@ -40,7 +41,7 @@ def main() -> None:
                 times.append(time.perf_counter() - started)
                 line = {"layers": layers, "seconds": round(times[-1], 1), "mib": size(artifact.path)}
                 print(json.dumps(line), flush=True)
-    medians = {layers: statistics.median(times[1:]) for layers, times in seconds.items()}
+    medians = {layers: statistics.median(times[1:] or times) for layers, times in seconds.items()}
     print(json.dumps({"medians": {layers: round(median, 1) for layers, median in medians.items()}}))
     print(f"longest / shortest of the medians: {max(medians.values()) / min(medians.values()):.3f}")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backends.errors import UserError
 from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.artifact import pack
@@ -48,6 +49,11 @@ def build(
     started = time.perf_counter()
     if mlir is None:
         lowering.require_compiler(spec.device["kind"])
+    if mlir is not None and mlir.whole_step and teacher is not None:
+        raise UserError(
+            "compile.mlir.whole_step=true has no place for a teacher, and distill.model_name_or_path names one. "
+            "Use compile.mlir.whole_step=false: its regions are modules."
+        )
     with lowering.determinism(spec.deterministic):
         regions, schedule = capture_step(model, spec, optimizers, policy, teacher)
     specs = {name: captured.spec for name, captured in regions.items()}

@@ -5,12 +5,14 @@ like one of 2; parts of different structure that still trace to one graph share 
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from backends.external import external_calls
 from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.capture import Captured, Sources, capture_stage
@@ -54,7 +56,8 @@ def capture_step(
     device_type = spec.device["kind"]
     sources = Sources(lowering.fake_mode(), torch.device(device_type))
     as_products = spec.target.get("kind") == "mlir"
-    with lowering.attention_context(device_type, as_products=as_products), lowering.quiet_torch():
+    calls = external_calls() if as_products else nullcontext()
+    with calls, lowering.attention_context(device_type, as_products=as_products), lowering.quiet_torch():
         return _capture_step(model, spec, optimizers, policy, sources, teacher)
 
 

@@ -6,7 +6,7 @@ region's outputs and in the order of the inputs. What may reuse which memory is 
 
 import io
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from compiled.mlir.decompositions import decomposition_table
+from compiled.mlir.external_calls import has_external_calls, importer_class, lower_with_calls
 from compiled.mlir.extra import require_extra
 
 Dialect = Literal["linalg", "stablehlo", "tosa", "torch"]
@@ -40,9 +41,15 @@ def import_region(
 
 def module_text(pure: GraphModule, dialect: Dialect, name: str = "main") -> bytes:
     """What `pure_graph` gave as a verified module with one function."""
+    from torch_mlir.extras.fx_importer import FxImporter
     from torch_mlir.fx import stateless_fx_import
 
-    module = stateless_fx_import(pure, output_type=_OUTPUT_TYPES[dialect], model_name=name)
+    importer = FxImporter(context=new_context(), graph_node_importer_cls=importer_class())
+    calls = has_external_calls(pure)
+    wanted = _OUTPUT_TYPES["torch" if calls else dialect]
+    module = stateless_fx_import(pure, output_type=wanted, model_name=name, fx_importer=importer)
+    if calls and dialect != "torch":
+        lower_with_calls(module, _OUTPUT_TYPES[dialect])
     if not module.operation.verify():
         raise RuntimeError(f"the verifier of MLIR refuses the {dialect} module")
     return str(module).encode()
@@ -52,15 +59,23 @@ def to_bytecode(text: bytes) -> bytes:
     """A module's text as MLIR bytecode."""
     require_extra("torch_mlir", what="MLIR bytecode")
     from torch_mlir._mlir_libs import _stablehlo
-    from torch_mlir.dialects import torch as torch_dialect
-    from torch_mlir.ir import Context, Module
+    from torch_mlir.ir import Module
 
-    with Context() as context:
-        torch_dialect.register_dialect(context)
+    with new_context() as context:
         _stablehlo.register_dialect(context)
         file = io.BytesIO()
         Module.parse(text).operation.write_bytecode(file)
         return file.getvalue()
+
+
+def new_context() -> Any:
+    """An MLIR context that knows the dialect torch."""
+    from torch_mlir.dialects import torch as torch_dialect
+    from torch_mlir.ir import Context
+
+    context = Context()
+    torch_dialect.register_dialect(context)
+    return context
 
 
 def warm_up() -> None:

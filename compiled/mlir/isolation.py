@@ -51,9 +51,12 @@ class _Running:
     def __init__(self, task: Task, limits: Limits) -> None:
         self.limits, self.started = limits, time.monotonic()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  closed by finish()
+        self.folder = tempfile.TemporaryDirectory(prefix="substrate-mlir-")  # for whatever the task leaves behind
         self.receiver, sender = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=_work, args=(task, limits, self.log.fileno(), sender), daemon=False)
+        self.process = context.Process(
+            target=_work, args=(task, limits, self.log.fileno(), self.folder.name, sender), daemon=False
+        )
         sys.stdout.flush()
         self.process.start()
         sender.close()
@@ -85,6 +88,7 @@ class _Running:
             kill_group(self.process)
         self.process.join()
         self.receiver.close()
+        self.folder.cleanup()
 
     def _end_text(self, late: bool, output: str) -> str:
         code = self.process.exitcode or 0
@@ -117,7 +121,7 @@ def run_isolated(
     finally:
         for each in running.values():  # an error or Ctrl-C: what is left is of no use to anybody
             kill_group(each.process)
-            each.process.join()
+            each.end()
     return {name: done[name] for name in tasks}
 
 
@@ -128,10 +132,11 @@ def kill_group(process: Any) -> None:
     process.kill()  # should it not have its group yet
 
 
-def _work(task: Task, limits: Limits, log: int, sender: Connection) -> NoReturn:
+def _work(task: Task, limits: Limits, log: int, folder: str, sender: Connection) -> NoReturn:
     os.setpgid(0, 0)  # a group of its own, which Ctrl-C in a terminal passes by: the parent ends it
     faulthandler.disable()  # a crash is reported in one line, by the parent
     os.dup2(log, 2)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     torch.set_num_threads(1)  # a forked child must not enter an OpenMP region, whose threads stayed with the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _limit_memory(limits.memory_gb)

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from compiled.objective import TERMS
+from compiled.objective import DISTILL_TERMS, TERMS
 from compiled.regions import RegionSpec, TensorSpec
 from compiled.schedule import Schedule
+from compiled.teacher import TEACHER
 
 Role = Literal[
     "parameter",  # a weight, or its new value
@@ -24,7 +25,7 @@ Role = Literal[
 _FIXED: dict[str, Role] = {
     **dict.fromkeys(("input_ids", "labels", "grad_scale", "first_row"), "batch"),
     **dict.fromkeys(("cos", "sin", "mask"), "table"),
-    **dict.fromkeys(("hyperparameters", "grad_coef", "totals", *TERMS), "hyper-parameter"),
+    **dict.fromkeys(("hyperparameters", "grad_coef", "totals", *TERMS, *DISTILL_TERMS), "hyper-parameter"),
     **dict.fromkeys(("loss", "accuracy", "done"), "loss"),
 }
 Roles = dict[str, dict[str, Role]]  # region → name → role
@@ -75,11 +76,15 @@ def roles_of(schedule: Schedule) -> Roles:
     """Region → name → role, of the model's and the optimizer's tensors, as the schedule names them."""
     roles: Roles = {}
     for entry in (schedule.embed, *schedule.blocks, schedule.head):
-        known: dict[str, Role] = dict.fromkeys(entry["parameters"], "parameter")
-        known.update(dict.fromkeys([*entry["state"], *(f"new_{name}" for name in entry["state"])], "state"))
+        known = _own(entry)
+        known.update(dict.fromkeys([f"new_{name}" for name in entry["state"]], "state"))
         for part in ("forward", "backward", "evaluate", "train"):
             if entry.get(part):
                 roles.setdefault(entry[part], {}).update(known)
+    for part in schedule.teacher.get("parts", ()):
+        roles.setdefault(part["forward"], {}).update(_own(part))
+    if schedule.teacher:
+        roles[schedule.head["train"]].update(_own(schedule.teacher["head"], TEACHER))
     for group in schedule.updates:
         known = dict.fromkeys(group["state"], "parameter")
         for parameter, states in group["state"].items():
@@ -88,6 +93,13 @@ def roles_of(schedule: Schedule) -> Roles:
         for region in (group["direct"], group["summed"], *group.get("totals", {}).values()):
             roles.setdefault(region, {}).update(known)
     return roles
+
+
+def _own(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Role]:
+    """A part's parameters and state by the names its regions give them."""
+    known: dict[str, Role] = dict.fromkeys([f"{prefix}{name}" for name in entry["parameters"]], "parameter")
+    known.update(dict.fromkeys([f"{prefix}{name}" for name in entry["state"]], "state"))
+    return known
 
 
 def module_of(spec: RegionSpec, roles: Mapping[str, Role]) -> ModuleSpec:
