@@ -2,7 +2,9 @@
 
 import os
 import random
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,45 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
+    AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL="O0",  # the calls around the kernels: a quarter less to compile; no numerics
     OMP_NUM_THREADS="1",  # the order of a sum depends on the number of threads
     MPLBACKEND="Agg",
     COLUMNS="120",
     PYTHONPATH=os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")])),  # for programs started by tests
 )
 
+
+def share_compiled_code() -> "tempfile.TemporaryDirectory[str] | None":
+    """Let all processes of the session compile through `compiler_cache.py`; what it keeps goes with the result."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if sys.platform != "linux" or compiler is None or "TESTS_CXX" in os.environ:  # the last: a worker that shares
+        return None
+    # Always in the same place: Inductor's precompiled headers, 300 MB, are named after it. Called as the compiler is,
+    # since Inductor asks the name whether it is GCC.
+    script = Path(ROOT, ".pytest_cache", Path(compiler).name)
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{ROOT}/tests/compiler_cache.py" "$@"\n')
+    script.chmod(0o755)
+    folder = tempfile.TemporaryDirectory(prefix="substrate-tests-")
+    os.environ.update(TESTS_CXX=compiler, TESTS_CXX_FOLDER=folder.name, CXX=str(script))
+    return folder
+
+
+COMPILED_CODE = share_compiled_code()
+
+
+def pytest_unconfigure() -> None:
+    if COMPILED_CODE is not None:
+        COMPILED_CODE.cleanup()
+
+
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's tests first: they take minutes, and the other workers have the rest to do meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
 @pytest.fixture(autouse=True)

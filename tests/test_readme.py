@@ -85,6 +85,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
         "PYTHON": sys.executable,
         "VENV": "",  # the packages are there: the demo need not install them again
         "DEMO_STEPS": "2",
+        "AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL": "O1",  # as the reader compiles
     }
     for language, block in BLOCKS:
         if language == "text":  # a benchmark, see above
