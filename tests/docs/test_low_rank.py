@@ -91,3 +91,15 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
     found = json.loads((tmp_path / "study" / "low-rank.json").read_text())
     assert found.keys() == {f"{tiny_shape.name}-dense", name}
     assert all(100 < value < 400 for figures in found.values() for value in figures.values())  # 300 tokens
+
+
+@pytest.mark.slow
+def test_the_time_of_a_compression_is_told(tiny_shape: Path) -> None:
+    settings = f"config_name={tiny_shape} rows=4 length=16 batch_size=2 dtype=float32 device=cpu allocation=spectrum"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/compress_speed.py", *settings.split()],
+        cwd=ROOT, capture_output=True, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    told = json.loads(done.stdout)
+    assert (told["tokens"], told["layers"]) == (64, 14)
+    assert sum(told["seconds_by_layer"].values()) == pytest.approx(told["seconds"], abs=0.5)
