@@ -117,7 +117,8 @@ def steps(artifact: str, count: str, *settings: str) -> dict[str, Any]:
     from tests.compiled.conftest import Compiled
 
     plan = plan_step(parse(list(settings)))
-    compiled = Compiled(plan, open_artifact(Path(artifact)), [])
+    rules = [json.loads(each.partition("=")[2]) for each in settings if each.startswith("backend.rules=")]
+    compiled = Compiled(plan, open_artifact(Path(artifact)), *rules)
     ours, theirs = compiled.model(), compiled.model()
     program = compiled.program(ours)
     watch(program.binding.regions)

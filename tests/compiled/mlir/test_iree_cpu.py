@@ -51,6 +51,14 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any], float]] = {
         1e-5,
     ),
     "bfloat16-parameters-articles": (("model.dtype=bfloat16", "model.article_attention=true"), {}, 5e-3),
+    "bfloat16-autocast": (("model.compute_dtype=bfloat16",), {}, 5e-3),
+    "float32-torch-lowrank": (("compile.mlir.dialect=torch",), {}, 1e-5),
+    # sums in another order: an element at the edge of a level goes to the next one, 1/255 of the range away
+    "float32-optical": (("optimizer=sgdm",), {}, 1e-4),
+}
+RULES: dict[str, tuple[dict[str, Any], ...]] = {
+    "float32-torch-lowrank": ({"match": "*_proj", "use": "lowrank", "rank": 8},),
+    "float32-optical": ({"match": "*_proj", "use": "optical"},),
 }
 
 
@@ -59,10 +67,11 @@ VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any], float]] = {
 def test_steps_equal_the_eager_twin(compile_step: Compile, tiny_config: Callable[..., Path], variant: str) -> None:
     pytest.importorskip("torch_mlir", reason="needs the extra [mlir]")
     settings, fields, tolerance = VARIANTS[variant]
-    settings = ("compile.target=mlir", *settings)
-    artifact = compile_step(*settings, **fields).artifact
+    settings, rules = ("compile.target=mlir", *settings), RULES.get(variant, ())
+    artifact = compile_step(*settings, rules=rules, **fields).artifact
     shape = ("training.batch_size=2", "model.max_seq_length=16", "compile.arch=cpu")
     config = f"checkpoint.config_name={tiny_config(**fields)}"
+    shape = (*shape, f"backend.rules={json.dumps(rules)}")
     found = case("steps", str(artifact.path), str(STEPS), "command=run", config, *shape, *settings)
     assert found["loss"] <= tolerance
     assert found["norm"] <= 10 * tolerance
