@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backends import load
 from backends.base import Backend
 from backends.errors import UserError
-from backends.external import computed_by
+from backends.kernels.external import computed_by
 from backends.state import Stateful, device_of
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.external import external_calls
+from backends.kernels.external import external_calls
 from backends.precision import PrecisionPolicy
 from compiled import lowering
 from compiled.capture import Captured, Sources, capture_stage

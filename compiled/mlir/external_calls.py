@@ -37,7 +37,7 @@ def lower_with_calls(module: Any, output_type: str) -> None:
 
 
 def importer_class() -> Any:
-    """torch-mlir's importer of nodes, which knows the operator of backends/external.py too."""
+    """torch-mlir's importer of nodes, which knows the operator of backends/kernels/external.py too."""
     from torch_mlir.dialects import func
     from torch_mlir.extras.fx_importer import GraphNodeImporter
     from torch_mlir.ir import Attribute, FlatSymbolRefAttr, FunctionType, InsertionPoint, StringAttr

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.base import Backend, State
-from backends.external import ExternalCalls, computed_by, external_calls
+from backends.kernels.external import ExternalCalls, computed_by, external_calls
 from backends.optical import Optical
 from compiled import lowering as inductor
 from compiled.mlir.external_calls import attributes_text
