@@ -51,8 +51,8 @@ def build(
         lowering.require_compiler(spec.device["kind"])
     if mlir is not None and mlir.whole_step and teacher is not None:
         raise UserError(
-            "compile.mlir.whole_step=true has no place for a teacher, and distill.model_name_or_path names one. "
-            "Use compile.mlir.whole_step=false: its regions are modules."
+            "compile.mlir.whole_step=true makes one module of a step without a teacher, got "
+            "training.distill.model_name_or_path. Drop one of them: the regions know the teacher."
         )
     with lowering.determinism(spec.deterministic):
         regions, schedule = capture_step(model, spec, optimizers, policy, teacher)

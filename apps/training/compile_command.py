@@ -9,7 +9,6 @@ from apps.training.files import atomic_path, require_writable
 from apps.training.memory import compiled_estimate, gibibytes
 from apps.training.progress import Progress
 from apps.training.step_plan import StepPlan
-from backends.errors import UserError
 from backends.routing_table import count_text, plain_table
 from compiled.artifact import Artifact, open_artifact
 from compiled.build import build
@@ -26,11 +25,6 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
     require_writable(target.parent, "compile.output_dir")  # before the work, not after it
     if config.compile.target == "mlir":
         require_extra("torch_mlir")
-        if config.compile.mlir.whole_step and plan.teacher_config is not None:
-            raise UserError(
-                "compile.mlir.whole_step=true makes one module of a step without a teacher, got "
-                "training.distill.model_name_or_path. Drop one of them: the regions know the teacher."
-            )
     debug = debug_folder(target) if config.compile.debug else None
     # from before the tracing, so that the first region's time counts; how many there are is known with the first
     with Progress(None, "Compiling", "regions", mode=config.logging.progress) as progress:

@@ -1,5 +1,6 @@
 """The whole step as one function: the numbers of the eager twin, and a module that names what goes in and comes out."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from torch import Tensor
 
 from apps.training.eager_program import EagerProgram
+from apps.training.step_plan import StepPlan
+from backends.errors import UserError
+from compiled.build import build
 from compiled.mlir.isolation import Limits
-from compiled.mlir.lowering import lower_whole
+from compiled.mlir.lowering import MlirOptions, lower_whole
 from compiled.mlir.whole_step import WholeStep
 from compiled.mlir.whole_step_arguments import StepArguments
 from tests.compiled.conftest import Compiled
@@ -134,3 +138,10 @@ def test_a_step_that_is_not_finite_changes_nothing(capture: Capture) -> None:
     before = dict(zip(step.arguments.names, values, strict=True))
     for name in step.arguments.new:
         torch.testing.assert_close(results[f"new_{name}"], before[name], rtol=0, atol=0)
+
+
+def test_a_teacher_is_refused_before_anything_is_traced(plan_of: Callable[..., StepPlan]) -> None:
+    plan = plan_of("compile.target=mlir", "compile.mlir.compiler=none")
+    mlir = MlirOptions(whole_step=True)
+    with pytest.raises(UserError, match=r"^compile\.mlir\.whole_step=true .* Drop one of them"):
+        build(plan.model, plan.spec, plan.optimizers, plan.precision, teacher=plan.model, mlir=mlir)
