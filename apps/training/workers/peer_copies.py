@@ -54,6 +54,8 @@ class PeerCopies:
         """The next exchange, of contiguous `tensors` of one dtype; `owner`: who gets their sums, None: everybody."""
         slot = self._slots[self._next]
         self._next = (self._next + 1) % SLOTS
+        # not before: a kernel that waits for what is not due yet takes a multiprocessor from the products meanwhile
+        self.stream.wait_stream(torch.cuda.current_stream())
         slot.clear()
         step = ALIGNED // tensors[0].element_size()
         padded = sum(-(-tensor.numel() // step) * step for tensor in tensors)
