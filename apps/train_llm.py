@@ -96,7 +96,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.checkpointing.saving import Saver, open_resumed, run_identity
     from apps.training.data.loader import TrainLoader
     from apps.training.data.of_run import find_dataset
-    from apps.training.devices import describe, open_device, peak_of
+    from apps.training.devices import describe, open_device
+    from apps.training.efficiency import efficiency_of
     from apps.training.interrupt import StopRequest
     from apps.training.memory import available_memory, gibibytes, require_memory
     from apps.training.models import load_weights
@@ -106,7 +107,6 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.programs import make_program, require_artifact, run_memory
     from apps.training.recipe import make_recipe
     from apps.training.reporting.lines import overview, settings_text
-    from apps.training.reporting.throughput import training_flops_per_token
     from apps.training.statistics import make_statistics
     from apps.training.steps import accumulation_steps, count_steps
     from apps.training.trainer import Trainer
@@ -170,15 +170,12 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
 
     # From here on we write. Ctrl-C lets the running step finish and everything be saved.
     saver = Saver(config, identity, model, program, dataset.tokenizer_folder, workers, trainer.last_step)
-    peak = peak_of(device, plan.precision.compute)
-    flops = training_flops_per_token(plan.model_config, plan.num_parameters, length)
     outcome = Outcome(
         title=f"{plan.model_name} on {dataset.folder.name}",
         overview=overview(count, batch_size=settings.batch_size * accumulation, workers=workers.world_size),
         routed_table=plan.tables,
         num_parameters=plan.num_parameters,
-        flops_per_step=rows_per_step * length * flops,
-        peak=None if peak is None else peak * workers.world_size,
+        efficiency=efficiency_of(config, plan, artifact, device, workers, accumulation),
         steps=resumed.records,
         evaluations=resumed.evaluations,
         sums=trainer.statistics.sums if trainer.statistics else {},
@@ -225,7 +222,7 @@ def take_steps(
                     reports.append(record, progress)
                 if record.step % config.logging.every == 0 or record.step == count.total:
                     progress.write(step_line(record, count.position(record.step), loader.world_size))
-                progress.update(1, **live_fields(record, outcome.utilisation(record)))
+                progress.update(1, **live_fields(record), **outcome.efficiency.fields(record.seconds))
                 if evaluator.is_due(record.step):
                     evaluator.evaluate(record.step, outcome, progress)
                 saver.on_record(record.step, outcome)

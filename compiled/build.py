@@ -37,6 +37,7 @@ def build(
     debug: Path | None = None,
     report: Report = lambda spec, done, total: None,
     mlir: MlirOptions | None = None,
+    floor: Mapping[str, Any] | None = None,
 ) -> bytes:
     """Compile the train step of `model` (on the meta device) for `spec` and return the artifact's bytes.
 
@@ -44,7 +45,8 @@ def build(
     device too, whose predictions are learned. `routing`: the rows of the plan that gave
     every layer its backend, for people who inspect the artifact; what a run is compared with is in `spec`. `workers`
     processes lower regions side by side (None: one for each core). `debug` keeps graphs and generated code in that
-    folder. `mlir`: modules for another compiler in place of machine code.
+    folder. `mlir`: modules for another compiler in place of machine code. `floor`: what was measured of this machine
+    for runs to be compared with, kept as it is.
     """
     started = time.perf_counter()
     if mlir is None:
@@ -60,7 +62,7 @@ def build(
     files = {f"graphs/{name}.txt": lowering.graph_text(captured.graph).encode() for name, captured in regions.items()}
     if debug is not None:
         _keep(debug, files)
-    parts = {}
+    parts: dict[str, Any] = {} if floor is None else {"floor": dict(floor)}
     if mlir is None:
         files |= _machine_code(regions, spec, workers, debug, report)
     else:

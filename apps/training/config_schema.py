@@ -163,6 +163,7 @@ class RunConfig:
     artifact: str | None = setting(None, "artifact to run; null: the one in compile.output_dir that fits")
     cuda_graph: Literal["auto", "on", "off"] = setting("auto", "replay the step as one CUDA graph")
     num_threads: int | None = setting(None, "CPU threads; null: one for each core", at_least=1)
+    peak_flops: float | None = setting(None, "a worker's peak in FLOP/s, for MFU; null: known cards' own", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from apps.training.checkpointing.static_files import static_files
@@ -18,6 +19,7 @@ from apps.training.reporting.lines import unigram_line
 from apps.training.reporting.loss_plot import write_loss_plot
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.reporting.summary import headline, loss_lines, summary_text
+from apps.training.reporting.throughput import Efficiency
 from apps.training.sampling import sample_text
 
 
@@ -29,15 +31,24 @@ class Outcome:
     overview: str
     routed_table: str
     num_parameters: int
-    flops_per_step: float
-    peak: float | None  # of the device, in FLOP/s, where it is known
+    efficiency: Efficiency
     steps: list[StepRecord] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     sums: dict[str, float] = field(default_factory=dict)  # of the statistics, up to the last step
 
-    def utilisation(self, record: StepRecord) -> float | None:
-        """Model FLOPs utilisation of a step: the share of the device's peak the model's own arithmetic took."""
-        return None if self.peak is None else self.flops_per_step / record.seconds / self.peak
+    @property
+    def efficiency_line(self) -> str | None:
+        """FLOP/s, MFU and floor by the median step; the first ones load kernels. None before the first."""
+        return self.efficiency.line(self._median_seconds) if self.steps else None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """MFU and floor, where they are known, for the report's tiles."""
+        return self.efficiency.fields(self._median_seconds) if self.steps else {}
+
+    @property
+    def _median_seconds(self) -> float:
+        return median(record.seconds for record in self.steps)
 
     @property
     def last_step(self) -> int:
@@ -59,6 +70,8 @@ def save_outcome(
 
     for line in loss_lines(outcome.steps):
         print(line)
+    if outcome.efficiency_line is not None:
+        print(outcome.efficiency_line)
     entropy = dataset.dev_unigram_cross_entropy or dataset.unigram_entropy
     if entropy is not None:
         print(unigram_line(entropy))
@@ -73,7 +86,13 @@ def save_outcome(
         )
     parameters = json.loads(static_files(model, dataset.tokenizer_folder)["config.json"])
     summary = summary_text(
-        outcome.overview, outcome.steps, outcome.last_evaluation, entropy, outcome.routed_table, parameters
+        outcome.overview,
+        outcome.steps,
+        outcome.last_evaluation,
+        entropy,
+        outcome.routed_table,
+        parameters,
+        efficiency=outcome.efficiency_line,
     )
     _write(output / "summary.txt", summary)
     print(f"Summary saved at {output}/summary.txt")
@@ -85,7 +104,7 @@ def save_outcome(
     report = page.Report(
         title=outcome.title,
         subtitle=str(output),
-        facts=headline(outcome.steps, outcome.last_evaluation, entropy, outcome.num_parameters),
+        facts=headline(outcome.steps, outcome.last_evaluation, entropy, outcome.num_parameters) | outcome.facts,
         steps=outcome.steps,
         evaluations=outcome.evaluations,
         settings=to_yaml(config),

@@ -48,10 +48,9 @@ def settings_text(name: str, settings: object) -> str:
     return f"{name} ({values})" if values else name
 
 
-def live_fields(record: StepRecord, utilisation: float | None) -> dict[str, str]:
-    """What the progress line shows beside the ETA; MFU only where the device's peak is known."""
-    fields = {"loss": f"{record.loss:.4f}", "lr": f"{record.lr:.3g}", "tokens/s": short(record.tokens_per_second)}
-    return fields if utilisation is None else fields | {"MFU": f"{utilisation:.1%}"}
+def live_fields(record: StepRecord) -> dict[str, str]:
+    """What the progress line shows beside the ETA."""
+    return {"loss": f"{record.loss:.4f}", "lr": f"{record.lr:.3g}", "tokens/s": short(record.tokens_per_second)}
 
 
 def short(number: float) -> str:

@@ -41,8 +41,13 @@ def summary_text(
     unigram_entropy: float | None,
     routed_table: str,
     model_parameters: Mapping[str, Any],
+    *,
+    efficiency: str | None = None,
 ) -> str:
-    """The overview block, totals, losses, the layers' backends, and the model's parameters (its config) as JSON."""
+    """The overview block, totals, losses, the layers' backends, and the model's parameters (its config) as JSON.
+
+    `efficiency`: a line on FLOP/s and MFU.
+    """
     totals = Totals.of(records)
     lines = [
         overview,
@@ -50,6 +55,7 @@ def summary_text(
         f"Tokens per second: {totals.tokens_per_second:.2f}",
         f"Average time per step: {totals.seconds_per_step:.6f}",
     ]
+    lines += [] if efficiency is None else [efficiency]
     lines += loss_lines(records)
     if evaluation is not None:
         lines.append(evaluation_line(evaluation))

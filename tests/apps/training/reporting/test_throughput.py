@@ -3,7 +3,7 @@
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apps.training.reporting.throughput import peak_flops, training_flops_per_token
+from apps.training.reporting.throughput import Efficiency, peak_flops, training_flops_per_token
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -34,3 +34,12 @@ def test_peaks_are_found_by_the_names_torch_gives() -> None:
     assert peak_flops("NVIDIA A10G", "bfloat16") is None
     assert peak_flops("NVIDIA H200", "float64") is None
     assert peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16") is None
+
+
+def test_shares_are_told_where_peak_and_floor_are_known_and_left_out_with_a_reason_elsewhere() -> None:
+    bare = Efficiency(flops=3e9)
+    assert bare.fields(0.5) == {}
+    assert bare.line(0.5) == "Model FLOP/s: 6 G (no MFU: the device's peak is not known, run.peak_flops=… gives it)"
+    known = Efficiency(flops=3e9, peak=24e9, floor=0.4)
+    assert known.fields(0.5) == {"MFU": "25.0%", "of floor": "80.0%"}
+    assert known.line(0.5) == "Model FLOP/s: 6 G, MFU: 25.0% of 24 G, 80.0% of the floor"
