@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from backends.precision import PrecisionPolicy, as_torch
 from compiled.capture import Captured, Sources, capture_function
-from compiled.objective import hits_sum, loss_and_objective, loss_sum
+from compiled.objective import hits_sum, loss_and_gradient, loss_sum
 from compiled.stages import Stage, StagedModel, canonical_names, stage_of
 from compiled.teacher import TEACHER
 
@@ -82,13 +82,14 @@ def capture_head(
                 leaves["hidden_states"],
                 first_row=named.get("first_row"),
             )
-            given = (logits.to(logits_dtype), named["labels"], named["grad_scale"])
             terms = {name: named[name] for name in loss_terms}
             taught = None if teacher is None else _teacher_logits(teacher, named).to(logits_dtype)
-            loss = loss_and_objective(*given, terms, taught) if terms else loss_sum(*given)
-            objective = loss[1] if terms else loss
-            gradients = dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))
-        results = [loss.detach(), gradients.pop("hidden_states")]
+            loss, gradient = loss_and_gradient(
+                logits, logits_dtype, named["labels"], named["grad_scale"], terms, taught
+            )
+            found = torch.autograd.grad(logits, list(leaves.values()), gradient)
+            gradients = dict(zip(leaves, found, strict=True))
+        results = [loss, gradients.pop("hidden_states")]
         results += [new_state[key] if key in new_state else named[key].clone() for key in state_names]
         if chunks == 1:
             return (*results, *gradients.values())

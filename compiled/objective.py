@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from backends.kernels import cross_entropy
+
 TERMS = ("label_smoothing", "z_loss")
 DISTILL_TERMS = ("distill_weight", "distill_temperature")
 
@@ -44,6 +46,32 @@ def loss_and_objective(
     if "z_loss" in terms:
         objective = objective + terms["z_loss"] * log_z.square()
     return torch.stack([(entropy * grad_scale).sum(), (objective * grad_scale).sum()])
+
+
+def loss_and_gradient(
+    logits: Tensor,
+    dtype: torch.dtype,
+    labels: Tensor,
+    grad_scale: Tensor,
+    terms: Mapping[str, Tensor],
+    teacher_logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`loss_sum`, or with `terms` `loss_and_objective`, of the logits as numbers of `dtype`; the gradient for the logits.
+
+    The gradient has the logits' dtype. The one place where an implementation for a device is chosen.
+    """
+    if teacher_logits is None and cross_entropy.has_kernel(logits, dtype):
+        entropies, objectives, gradient = cross_entropy.cross_entropy_and_gradient(
+            logits.detach(), labels, grad_scale, **terms
+        )
+        sums = [(each * grad_scale).sum() for each in ((entropies, objectives) if terms else (entropies,))]
+        return torch.stack(sums) if terms else sums[0], gradient
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        given = (leaf.to(dtype), labels, grad_scale)
+        loss = loss_and_objective(*given, terms, teacher_logits) if terms else loss_sum(*given)
+        (gradient,) = torch.autograd.grad(loss[1] if terms else loss, [leaf])
+    return loss.detach(), gradient
 
 
 def _divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -1,0 +1,81 @@
+"""The cross-entropy kernel without a GPU: interpreted, compiled for one that is absent, and in Inductor's plan."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from backends.kernels import cross_entropy
+from compiled import lowering
+from compiled.objective import loss_and_gradient
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs Triton for its interpreter: pip install triton==3.7.1"
+)
+
+
+@needs_triton
+def test_the_interpreted_kernel_gives_the_loss_and_gradient_of_float64():
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.backends.kernels.interpreted_cross_entropy"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(lines) == 11
+    for case, dtype, errors in lines:
+        # the interpreter cuts the lower bits of a bfloat16 off
+        bounds = {"gradient": 1e-2 if dtype == "bfloat16" else 1e-5, "logits changed": 0.0, "not finite": 0.0}
+        for name, error in errors.items():
+            assert error <= bounds.get(name, 1e-6), (case, dtype, errors)
+
+
+@needs_triton
+@pytest.mark.parametrize(("vocabulary", "terms"), [(49152, False), (32000, True), (50257, True)])
+def test_the_kernel_compiles_for_hopper(vocabulary: int, terms: bool) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = cross_entropy.triton_cross_entropy.compiled_kernel()
+    tile, warps = cross_entropy.tiles(vocabulary)
+    constants = {"VOCABULARY": vocabulary, "TILE": tile, "SMOOTHED": terms, "PENALISED": terms}
+    kinds = {"logits": "*bf16", "labels": "*i64"}
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
+    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in constants}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    # an odd vocabulary has rows that do not begin at a multiple of 16 bytes
+    assert ("ld.global.v4" in code.asm["ptx"]) == (vocabulary % 8 == 0)
+    assert ("st.global.v4" in code.asm["ptx"]) == (vocabulary % 8 == 0)
+
+
+@pytest.mark.parametrize(("has_kernel", "operators"), [(True, 1), (False, 0)])
+def test_who_has_no_kernel_takes_plain_operators(monkeypatch, has_kernel, operators):
+    monkeypatch.setattr(cross_entropy, "has_kernel", lambda *_: has_kernel)
+    if has_kernel:
+        pytest.importorskip("triton")
+    graph = lowering.trace(
+        lambda *given: loss_and_gradient(given[0], torch.float32, *given[1:], {}),
+        [torch.randn(4, 9), torch.zeros(4, dtype=torch.int64), torch.ones(4)],
+    )
+    ours = [node for node in graph.graph.nodes if getattr(node.target, "namespace", "") == "substrate"]
+    assert len(ours) == operators
+    loss, gradient = (lowering.node_value(node) for node in graph.graph.output_node().args[0])
+    assert (loss.shape, gradient.shape, gradient.dtype) == ((), (4, 9), torch.float32)
+
+
+def test_wide_logits_and_other_devices_have_no_kernel():
+    assert not cross_entropy.has_kernel(torch.randn(2, 3), torch.float32)
+    with lowering.fake_mode():
+        on_gpu = torch.empty(2, 3, device="cuda", dtype=torch.bfloat16)
+    assert cross_entropy.has_kernel(on_gpu, torch.float32)
+    assert not cross_entropy.has_kernel(on_gpu, torch.float64)
