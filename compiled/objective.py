@@ -56,9 +56,10 @@ def loss_and_gradient(
     terms: Mapping[str, Tensor],
     teacher_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`loss_sum`, or with `terms` `loss_and_objective`, of the logits as numbers of `dtype`; the gradient for the logits.
+    """`loss_sum`, or with `terms` `loss_and_objective`, and the gradient of what is minimised for the logits [T, V].
 
-    The gradient has the logits' dtype. The one place where an implementation for a device is chosen.
+    The logits count as numbers of `dtype`; their gradient has their own. The one place where an implementation for a
+    device is chosen.
     """
     if teacher_logits is None and cross_entropy.has_kernel(logits, dtype):
         entropies, objectives, gradient = cross_entropy.cross_entropy_and_gradient(

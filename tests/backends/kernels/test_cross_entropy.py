@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from backends.kernels import cross_entropy
+from benchmarks.step_kernels import compiled, head_chunk, relative
 from compiled import lowering
 from compiled.objective import loss_and_gradient
 
@@ -79,3 +81,21 @@ def test_wide_logits_and_other_devices_have_no_kernel():
         on_gpu = torch.empty(2, 3, device="cuda", dtype=torch.bfloat16)
     assert cross_entropy.has_kernel(on_gpu, torch.float32)
     assert not cross_entropy.has_kernel(on_gpu, torch.float64)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("vocabulary", [32000, 50257])
+def test_a_compiled_head_gives_the_gradients_of_float64(vocabulary: int, tmp_path: Path) -> None:
+    rows, width = 333, 256
+    torch.manual_seed(0)
+    inputs = [torch.randn(n, width, device="cuda", dtype=torch.bfloat16) for n in (rows, vocabulary)]
+    labels, scale = torch.randint(0, vocabulary, (rows,), device="cuda"), torch.rand(rows, device="cuda")
+    given = [*inputs, labels, scale * (torch.arange(rows, device="cuda") % 3 > 0)]
+    found = compiled(head_chunk(lambda x, *rest: loss_and_gradient(x, torch.float32, *rest, {})), given, tmp_path)(
+        *given
+    )
+    wide = [each.double() if each.is_floating_point() else each for each in given]
+    expected = head_chunk(lambda x, *rest: loss_and_gradient(x, torch.float64, *rest, {}))(*wide)
+    for value, wanted in zip(found, expected, strict=True):
+        assert relative(value, wanted) < 1e-2
