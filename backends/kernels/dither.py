@@ -28,8 +28,14 @@ class Key(NamedTuple):
 
 def key_of(seed: int, stream: int, step: Tensor) -> Key:
     """The key of a sequence: `step` int64 0-d, all 64 bits of it; `stream` tells apart the uses within one step."""
-    first = _mix(_to_int32(step) ^ signed(python_hash(seed, 2 * stream)), _to_int32(step >> 32))
-    return Key(first, _mix(first ^ signed(python_hash(seed, 2 * stream + 1)), 0))
+    one, other = words_of(seed, stream)
+    first = _mix(_to_int32(step) ^ signed(one), _to_int32(step >> 32))
+    return Key(first, _mix(first ^ signed(other), 0))
+
+
+def words_of(seed: int, stream: int) -> tuple[int, int]:
+    """What a key has of the numbers known when tracing: two words of 32 bits."""
+    return python_hash(seed, 2 * stream), python_hash(seed, 2 * stream + 1)
 
 
 def keyed(key: Key, number: Tensor) -> Key:

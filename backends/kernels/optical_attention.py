@@ -20,10 +20,20 @@ import torch
 from torch import Tensor
 
 from backends.kernels.optical_linear import runs_in_half
-from backends.kernels.optical_product import LEFT, RIGHT, Converters, Operands, Place, convert, detect, dither_key, see
+from backends.kernels.optical_product import (
+    LEFT,
+    RIGHT,
+    SCORES,
+    VALUES,
+    Converters,
+    Operands,
+    Place,
+    convert,
+    detect,
+    dither_key,
+    see,
+)
 from backends.kernels.quantise import Range, split_ranges, wide_dtype
-
-SCORES, VALUES = 2, 3
 
 
 def optical_attention(

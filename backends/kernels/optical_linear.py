@@ -11,8 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.kernels.optical_product import LEFT, RIGHT, Converters, Operands, Place, convert, detect, see
-from backends.kernels.quantise import split_ranges, wide_dtype
+from backends.kernels.optical_product import (
+    LEFT,
+    LINEAR,
+    MATMUL,
+    RIGHT,
+    Converters,
+    Operands,
+    Place,
+    convert,
+    detect,
+    see,
+    sums_are_narrow,
+)
+from backends.kernels.quantise import Range, split_ranges, wide_dtype
 
 
 def optical_linear(
@@ -32,7 +44,7 @@ def optical_linear(
     int64 0-d; the upper 32 bits of `step` tell layers apart. Without `observe` nothing is seen. The one place where an
     implementation for a device is chosen.
     """
-    y, *seen = _OpticalLinear.apply(x, weight, bias, torch.stack(ranges), step, first_row, converters, observe)
+    y, *seen = _OpticalLinear.apply(x, weight, bias, step, first_row, converters, observe, *ranges)
     return y, tuple(seen)
 
 
@@ -62,14 +74,18 @@ class _OpticalLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        ranges: Tensor,
         step: Tensor,
         first_row: Tensor,
         converters: Converters,
         observe: bool,
+        *ranges: Tensor,
     ) -> tuple[Tensor, ...]:
-        x_range, w_range, out_range = split_ranges(ranges)
-        place, wide = Place(step, first_row, 0), wide_dtype(x.dtype)
+        if _has_kernels(x, weight, converters):
+            from backends.kernels.optical_linear_cuda import linear_with_kernels
+
+            return linear_with_kernels(x, weight, bias, ranges, step, first_row, converters, observe=observe)
+        x_range, w_range, out_range = (Range(*ranges[place : place + 2]) for place in (0, 2, 4))
+        place, wide = Place(step, first_row, LINEAR), wide_dtype(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
         left = convert(rows.to(wide), x_range, converters, second=False)
         right = convert(weight.to(wide), w_range, converters, second=True).t()
@@ -98,13 +114,20 @@ class _OpticalLinear(torch.autograd.Function):
         return (grad_x, grad_weight, grad_bias, *(None for _ in needs[3:]))
 
 
+def _has_kernels(x: Tensor, weight: Tensor, converters: Converters) -> bool:
+    """Whether the Triton kernels compute this: 16-bit on a GPU, ranges by extremes, no shot noise, float16 sums."""
+    plain = converters.quantiles is None and converters.photons_per_mac is None
+    narrow = sums_are_narrow(converters.output_levels, weight.shape[1])
+    return runs_in_half(x) and weight.dtype == x.dtype and x.numel() > 0 and plain and narrow
+
+
 class _OpticalMatmul(torch.autograd.Function):
     @staticmethod
     def forward(
         a: Tensor, b: Tensor, ranges: Tensor, step: Tensor, first_row: Tensor, converters: Converters, observe: bool
     ) -> tuple[Tensor, ...]:
         a_range, b_range, out_range = split_ranges(ranges)
-        place, wide = Place(step, first_row, 1), wide_dtype(a.dtype)
+        place, wide = Place(step, first_row, MATMUL), wide_dtype(a.dtype)
         left = convert(a.to(wide), a_range, converters, second=False)
         right = convert(b.to(wide), b_range, converters, second=True)
         operands, shape = Operands(left, right, a_range, b_range), (*a.shape[:-1], b.shape[-1])

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backends.kernels.dither import Key, indices, key_of, normal, uniform
+from backends.kernels.dither import Key, indices, key_of, normal, uniform, words_of
 from backends.kernels.observe import extremes, quantiles
 from backends.kernels.quantise import Range, quantise
 
@@ -56,6 +56,9 @@ class Operands(NamedTuple):
 NARROW_LEVELS = 256
 FITS_FLOAT16 = 2**15  # terms, each at most 1: float16 ends at 65504
 
+# Products of a layer.
+LINEAR, MATMUL, SCORES, VALUES = range(4)
+
 # Uses of random numbers within a product.
 DITHER, RADIUS, ANGLE, LEFT, RIGHT, OUT, USES = range(7)
 
@@ -77,23 +80,19 @@ def multiply(operands: Operands, half: bool, levels: int) -> Tensor:
         return left @ right
     left_size, right_size = left_range.size(), right_range.size()
     left, right = (left / left_size).to(torch.float16), (right / right_size).to(torch.float16)
-    if levels <= NARROW_LEVELS and left.shape[-1] <= FITS_FLOAT16:
+    if sums_are_narrow(levels, left.shape[-1]):
         product = (left @ right).to(torch.float32)
     elif left.dim() == 2:
         product = torch.mm(left, right, out_dtype=torch.float32)
     else:
         flat = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
         product = flat.view(*left.shape[:-1], right.shape[-1])
-    return product * stored(left_size * right_size)
+    return product * (left_size * right_size)
 
 
-def stored(scalar: Tensor) -> Tensor:
-    """The same 0-d number, as a value that Inductor keeps in memory: the result of a reduction is, a product's is not.
-
-    What is computed from more than four values and used twice is written to memory whole: a factor made of the four
-    ends of two ranges would have the sums written again, scaled and in float32.
-    """
-    return scalar.expand(16).amax()
+def sums_are_narrow(levels: int, terms: int) -> bool:
+    """Whether sums of relative operands are stored as float16: fine enough for the output's levels, and they fit."""
+    return levels <= NARROW_LEVELS and terms <= FITS_FLOAT16
 
 
 def detect(
@@ -131,6 +130,11 @@ def see(x: Tensor, converters: Converters, place: Place, use: int, attended: Ten
 def dither_key(converters: Converters, place: Place) -> Key:
     """The key of a product's dither."""
     return _key(converters, place, DITHER)
+
+
+def dither_words(seed: int, product: int) -> tuple[int, int]:
+    """What `dither_key` makes a key of, for a kernel that makes it from the step."""
+    return words_of(seed, product * USES + DITHER)
 
 
 def _key(converters: Converters, place: Place, use: int) -> Key:

@@ -17,10 +17,15 @@ from backends.kernels.triton_functions import compile_in_place
 tl: Any = None  # triton.language, once a kernel is asked for
 
 
-def range_size(pointer):
-    """`Range.size` of the two floats at `pointer`: what operands were divided by."""
-    size = tl.maximum(tl.abs(tl.load(pointer)), tl.abs(tl.load(pointer + 1)))
+def size_of(low, high):
+    """`Range.size`: what operands are divided by."""
+    size = tl.maximum(tl.abs(low), tl.abs(high))
     return tl.where((size > 0.0) & (size < float("inf")), size, 1.0)
+
+
+def range_size(pointer):
+    """`size_of` the two floats at `pointer`."""
+    return size_of(tl.load(pointer), tl.load(pointer + 1))
 
 
 def converter(pointer, unit, LEVELS: tl.constexpr):
@@ -37,6 +42,13 @@ def converter(pointer, unit, LEVELS: tl.constexpr):
     rounder = tl.where(known, 12582912.0, 0.0)
     step = tl.where(known, width / (LEVELS - 1), 1.0)
     return slope, shift, tl.where(known, 1.0, 0.0), low, high, rounder, step, base
+
+
+def mixed(word, second):
+    """`dither._mix` of uint32 numbers."""
+    word = ((word ^ (word >> 16)) * 0x7FEB352D) ^ second
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    return word ^ (word >> 16)
 
 
 def random_number(index, first, second):
@@ -60,6 +72,6 @@ def converted_level(value, random, slope, shift, gain, low, high, rounder):
 
 def compiled_functions() -> SimpleNamespace:
     """This file's functions as Triton functions, for the file of a kernel that calls them."""
-    functions = (range_size, converter, random_number, converted_level)
+    functions = (size_of, range_size, converter, mixed, random_number, converted_level)
     compile_in_place(globals(), *functions)
     return SimpleNamespace(**{function.__name__: globals()[function.__name__] for function in functions})

@@ -1,0 +1,134 @@
+"""The optical linear on a GPU: one operator of three passes in Triton around a product of cuBLAS.
+
+Each pass reads its tensor once: x and weight are seen and converted, the product's float16 sums are seen, converted and
+written over by the result, so that a forward needs x̂, ŵ and y, and holds y alone when it is done. As for attention
+(`optical_attention_cuda.py`) it is one operator in a captured graph and becomes its kernels when that is lowered.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backends.kernels import triton_linear
+from backends.kernels.optical_product import LINEAR, Converters, dither_words
+
+# Triton functions of the file of kernels, under these names once registered.
+operand_kernel: Any = None
+result_kernel: Any = None
+
+PROGRAMS = 2048  # of each pass, whatever its tensor: some fifteen for each of an H200's processors
+
+
+def linear_with_kernels(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ranges: Sequence[Tensor],
+    step: Tensor,
+    first_row: Tensor,
+    converters: Converters,
+    *,
+    observe: bool,
+) -> tuple[Tensor, ...]:
+    """y and the ranges seen, as the forward of `optical_linear`, for 16-bit tensors on a GPU."""
+    register()
+    y, seen = torch.ops.substrate.optical_linear_forward(
+        x,
+        weight,
+        bias,
+        list(ranges),
+        step,
+        first_row,
+        converters.seed,
+        converters.input_levels,
+        converters.output_levels,
+        converters.lut_min,
+        observe,
+    )
+    return y, *seen.unbind()
+
+
+def optical_linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ranges: Sequence[Tensor],
+    step: Tensor,
+    first_row: Tensor,
+    seed: int,
+    input_levels: int,
+    output_levels: int,
+    lut_min: float | None,
+    observe: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y [..., N] in the dtype of x, ranges seen [6] float32, empty without `observe`); the rest as `optical_linear`."""
+    from torch.library import wrap_triton
+
+    rows = x.reshape(-1, x.shape[-1])
+    extreme = rows.new_empty((3, 2, PROGRAMS) if observe else (3, 0, 0), dtype=torch.float32)
+    light_x = _light(rows, ranges[0:2], extreme[0], input_levels, 0.0, observe)
+    light_w = _light(weight, ranges[2:4], extreme[1], input_levels, lut_min or 0.0, observe)
+    sums = light_x @ light_w.t()
+    row_size = sums.numel() // (len(x) if x.dim() > 1 else 1)
+    size = block_size()
+    wrap_triton(result_kernel)[(PROGRAMS,)](
+        sums, sums if bias is None else bias, *ranges, step, first_row, extreme[2], sums.numel(), row_size,
+        *dither_words(seed, LINEAR), len(weight), output_levels, bias is not None, x.dtype == torch.bfloat16,
+        sums.numel() % size == 0, observe, size, num_warps=warps(),
+    )  # fmt: skip
+    y = sums.view(x.dtype).view(*x.shape[:-1], len(weight))
+    if not observe:
+        return y, extreme.flatten()
+    smallest_negated_largest = extreme.amin(-1)
+    signs = 1.0 - 2.0 * torch.arange(2, device=x.device)
+    return y, (smallest_negated_largest * signs).flatten()
+
+
+def _light(
+    x: Tensor, ends: Sequence[Tensor], extreme: Tensor, levels: int, lut_min: float, observe: bool
+) -> Tensor:
+    """x [M, K] as the light carries it, relative to its range's end, in float16; its extremes into `extreme`."""
+    from torch.library import wrap_triton
+
+    x, size = x if x.t().is_contiguous() else x.contiguous(), block_size()
+    light = torch.empty_like(x, dtype=torch.float16)
+    wrap_triton(operand_kernel)[(PROGRAMS,)](
+        x, light, *ends, extreme, x.numel(), levels, lut_min, x.numel() % size == 0, observe, size, num_warps=warps()
+    )
+    return light
+
+
+def block_size() -> int:
+    """Elements a program takes at a time."""
+    return 2048
+
+
+def warps() -> int:
+    """Of a program."""
+    return 4
+
+
+@functools.cache
+def register() -> None:
+    """Define substrate::optical_linear_forward."""
+    from torch.library import triton_op
+    from torch.utils.flop_counter import register_flop_formula
+
+    triton_linear.compile_kernels()
+    globals()["operand_kernel"] = triton_linear.operand_kernel
+    globals()["result_kernel"] = triton_linear.result_kernel
+    triton_op("substrate::optical_linear_forward", optical_linear_forward, mutates_args=())
+    register_flop_formula(torch.ops.substrate.optical_linear_forward)(_flops)
+
+
+def _flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Those of the plain product, from shapes."""
+    rows = 1
+    for size in x[:-1]:
+        rows *= size
+    return 2 * rows * weight[0] * weight[1]
