@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,11 +42,13 @@ class Optical(Backend):
         "backends.kernels.observe",
         "backends.kernels.optical_product",
         "backends.kernels.optical_linear",
+        "backends.kernels.optical_linear_cuda",
         "backends.kernels.optical_attention",
         "backends.kernels.optical_attention_cuda",
         "backends.kernels.triton_attention_forward",
         "backends.kernels.triton_attention_backward",
         "backends.kernels.triton_functions",
+        "backends.kernels.triton_linear",
         "backends.kernels.triton_quantiser",
     )
 
@@ -166,9 +169,10 @@ class Optical(Backend):
         names = [f"{tensor}_{end}" for tensor in tensors for end in ("min", "max")]
         if not seen:
             return {name: state[name] for name in (*names, "step")}
-        smooth = self.config.q_smooth_factor
-        new = {name: follow(state[name], value, smooth) for name, value in zip(names, seen, strict=True)}
-        return new | {"step": state["step"] + 1}
+        # all at once: on a GPU each number by itself is a kernel of its own
+        before = torch.stack([state[name] for name in names])
+        after = follow(before, torch.stack(seen), self.config.q_smooth_factor)
+        return dict(zip(names, after.unbind(), strict=True)) | {"step": state["step"] + 1}
 
     # ---- what it is ----------------------------------------------------------------------------------------------
 

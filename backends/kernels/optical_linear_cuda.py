@@ -21,7 +21,9 @@ from backends.kernels.optical_product import LINEAR, Converters, dither_words
 operand_kernel: Any = None
 result_kernel: Any = None
 
-PROGRAMS = 2048  # of each pass, whatever its tensor: some fifteen for each of an H200's processors
+# Of each pass, whatever its tensor: programs (some fifteen for each of an H200's processors), elements that one takes at
+# a time (two 16-byte loads a thread), and warps of one.
+PROGRAMS, BLOCK, WARPS = 2048, 2048, 4
 
 
 def linear_with_kernels(
@@ -67,50 +69,56 @@ def optical_linear_forward(
     observe: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y [..., N] in the dtype of x, ranges seen [6] float32, empty without `observe`); the rest as `optical_linear`."""
-    from torch.library import wrap_triton
-
     rows = x.reshape(-1, x.shape[-1])
-    extreme = rows.new_empty((3, 2, PROGRAMS) if observe else (3, 0, 0), dtype=torch.float32)
-    light_x = _light(rows, ranges[0:2], extreme[0], input_levels, 0.0, observe)
-    light_w = _light(weight, ranges[2:4], extreme[1], input_levels, lut_min or 0.0, observe)
+    extreme = x.new_empty((3, 2, PROGRAMS) if observe else 0, dtype=torch.float32)
+    light_x = convert(rows, ranges[0:2], extreme, 0, input_levels, 0.0, observe)
+    light_w = convert(weight, ranges[2:4], extreme, 1, input_levels, lut_min or 0.0, observe)
     sums = light_x @ light_w.t()
     row_size = sums.numel() // (len(x) if x.dim() > 1 else 1)
-    size = block_size()
-    wrap_triton(result_kernel)[(PROGRAMS,)](
-        sums, sums if bias is None else bias, *ranges, step, first_row, extreme[2], sums.numel(), row_size,
-        *dither_words(seed, LINEAR), len(weight), output_levels, bias is not None, x.dtype == torch.bfloat16,
-        sums.numel() % size == 0, observe, size, num_warps=warps(),
-    )  # fmt: skip
-    y = sums.view(x.dtype).view(*x.shape[:-1], len(weight))
-    if not observe:
-        return y, extreme.flatten()
-    smallest_negated_largest = extreme.amin(-1)
-    signs = 1.0 - 2.0 * torch.arange(2, device=x.device)
-    return y, (smallest_negated_largest * signs).flatten()
+    words = dither_words(seed, LINEAR)
+    y = write_results(sums, bias, ranges, step, first_row, row_size, words, extreme, output_levels, x.dtype, observe)
+    if observe:
+        extreme = extreme.amin(-1) * (1.0 - 2.0 * torch.arange(2, device=x.device))  # maxima come with the other sign
+    return y.view(*x.shape[:-1], len(weight)), extreme.flatten()
 
 
-def _light(
-    x: Tensor, ends: Sequence[Tensor], extreme: Tensor, levels: int, lut_min: float, observe: bool
+def convert(
+    x: Tensor, ends: Sequence[Tensor], extreme: Tensor, part: int, levels: int, lut_min: float, observe: bool
 ) -> Tensor:
-    """x [M, K] as the light carries it, relative to its range's end, in float16; its extremes into `extreme`."""
+    """x [M, K] as the light carries it, relative to its range's end, in float16; its extremes go into a `part`."""
     from torch.library import wrap_triton
 
-    x, size = x if x.t().is_contiguous() else x.contiguous(), block_size()
-    light = torch.empty_like(x, dtype=torch.float16)
+    x = x if x.t().is_contiguous() else x.contiguous()
+    light, count = torch.empty_like(x, dtype=torch.float16), x.numel()
     wrap_triton(operand_kernel)[(PROGRAMS,)](
-        x, light, *ends, extreme, x.numel(), levels, lut_min, x.numel() % size == 0, observe, size, num_warps=warps()
+        x, light, *ends, extreme, count, part, levels, lut_min, count % BLOCK == 0, observe, BLOCK, num_warps=WARPS
     )
     return light
 
 
-def block_size() -> int:
-    """Elements a program takes at a time."""
-    return 2048
+def write_results(
+    sums: Tensor,
+    bias: Tensor | None,
+    ranges: Sequence[Tensor],
+    step: Tensor,
+    first_row: Tensor,
+    row_size: int,
+    words: tuple[int, int],
+    extreme: Tensor,
+    levels: int,
+    dtype: torch.dtype,
+    observe: bool,
+) -> Tensor:
+    """`sums` [M, N] with the results in their place, as `dtype`; their extremes go into the last part."""
+    from torch.library import wrap_triton
 
-
-def warps() -> int:
-    """Of a program."""
-    return 4
+    count = sums.numel()
+    wrap_triton(result_kernel)[(PROGRAMS,)](
+        sums, sums if bias is None else bias, *ranges, step, first_row, extreme, count, row_size, 2, *words,
+        sums.shape[1], levels, bias is not None, dtype == torch.bfloat16, count % BLOCK == 0, observe, BLOCK,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return sums.view(dtype)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Triton: the passes of an optical linear around its product, each over its tensor once.
 
 A program takes every PROGRAMS-th block of a tensor in the order of memory, and leaves the minimum and the negated maximum
-of all it has read: `extreme` [2, PROGRAMS] is whole whatever the tensor's size, and the same in every run.
+of all it has read: part PART of `extreme` [3, 2, PROGRAMS] is whole whatever the tensor's size, the same in every run.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -37,15 +37,15 @@ def block_extremes(value, inside, BLOCK: tl.constexpr):
     return smallest, largest
 
 
-def store_extremes(extreme, smallest, largest, unit):
+def store_extremes(extreme, part, smallest, largest, unit):
     """A program's two numbers, in multiples of 1 / `unit`."""
-    extreme += tl.program_id(0)
+    extreme += 2 * part * tl.num_programs(0) + tl.program_id(0)
     tl.store(extreme, tl.reduce(smallest, 0, lower) * unit)
     tl.store(extreme + tl.num_programs(0), -tl.reduce(largest, 0, higher) * unit)
 
 
 def operand_kernel(
-    x, light, first, last, extreme, count, LEVELS: tl.constexpr, LUT_MIN: tl.constexpr, EVEN: tl.constexpr,
+    x, light, first, last, extreme, count, PART: tl.constexpr, LEVELS: tl.constexpr, LUT_MIN: tl.constexpr, EVEN: tl.constexpr,
     OBSERVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """light = Q(x) relative to the larger end of its range, the two floats at `first` and `last`; x as it is without."""
@@ -76,12 +76,12 @@ def operand_kernel(
         relative = tl.where(known, relative, value)
         tl.store(light + place, relative.to(light.dtype.element_ty), mask=inside)
     if OBSERVE:
-        store_extremes(extreme, smallest, largest, 1.0)
+        store_extremes(extreme, PART, smallest, largest, 1.0)
 
 
 def result_kernel(
     sums, bias, x_first, x_last, w_first, w_last, out_first, out_last, number, first_row, extreme, count, row_size,
-    FIRST_WORD: tl.constexpr, SECOND_WORD: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr,
+    PART: tl.constexpr, FIRST_WORD: tl.constexpr, SECOND_WORD: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr,
     BIAS: tl.constexpr, BFLOAT16: tl.constexpr, EVEN: tl.constexpr, OBSERVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Over the float16 `sums` of relative operands their dithered and converted value, plus `bias`, as 16-bit floats.
@@ -116,13 +116,16 @@ def result_kernel(
         result = tl.where(tl.abs(value) < infinity, result, float("nan"))
         result = tl.where(known, result, value)
         if BIAS:
-            result += tl.load(bias + (start % COLUMNS + offsets).to(tl.int32) % COLUMNS).to(tl.float32)
+            column = (start % COLUMNS + offsets).to(tl.int32) % COLUMNS
+            if COLUMNS % 8 == 0:
+                column = tl.max_contiguous(tl.multiple_of(column, 8), 8)
+            result += tl.load(bias + column).to(tl.float32)
         if BFLOAT16:
             tl.store(sums + place, result.to(tl.bfloat16).to(tl.float16, bitcast=True), mask=inside)
         else:
             tl.store(sums + place, result.to(tl.float16), mask=inside)
     if OBSERVE:
-        store_extremes(extreme, smallest, largest, scale)
+        store_extremes(extreme, PART, smallest, largest, scale)
 
 
 def compile_kernels() -> None:
