@@ -1,11 +1,12 @@
 """Optical linear and attention on one GPU, compiled as in an artifact: errors, and time and memory beside dense.
 
-    python benchmarks/optical_kernels.py [check|time|tiles ...]
+    python benchmarks/optical_kernels.py [check|time|tiles|passes ...]
 
 `check` compares with the same products in float64: output in steps of its converter, gradients as relative errors.
 `time` gives medians of forward + backward from CUDA events around replays of a CUDA graph, which is how a run calls
 regions (else the small shapes time the launches), and the peak of memory beyond the inputs. `tiles` times the
-attention kernels for several launch configurations, which is how those in `optical_attention_cuda.py` were chosen.
+attention kernels for several launch configurations, which is how those in `optical_attention_cuda.py` were chosen, and
+`passes` those of the linear.
 """
 
 import sys
@@ -154,14 +155,19 @@ def timed(step: Callable[[Tensor], Any], grad: Tensor) -> tuple[float, float]:
     """(median milliseconds, peak MiB beyond what is there before)."""
     from triton.testing import do_bench_cudagraph
 
+    peak = peak_memory(step, grad)
+    return do_bench_cudagraph(lambda: step(grad), rep=100, return_mode="median"), peak
+
+
+def peak_memory(step: Callable[[Tensor], Any], grad: Tensor) -> float:
+    """MiB that a step needs beyond what is there before."""
     step(grad)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step(grad)
     torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return do_bench_cudagraph(lambda: step(grad), rep=100, return_mode="median"), peak
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 TILES = {  # queries, keys, warps, pipeline stages
@@ -211,8 +217,49 @@ def try_tiles(_: Path) -> None:
             setattr(kernels, function, before)
 
 
+PASSES = [  # programs, elements at a time, warps
+    *((programs, 2048, 4) for programs in (1056, 2048, 4096, 8192)),
+    *((programs, block, warps) for programs in (2048, 4096) for block, warps in ((1024, 4), (4096, 4), (4096, 8))),
+]
+
+
+def try_passes(_: Path) -> None:
+    """Microseconds, and TB/s read and written, of each pass of the linear; what the cache holds is not read again."""
+    import backends.kernels.optical_linear_cuda as kernels
+
+    kernels.register()
+    for tokens, inputs, outputs in LINEARS:
+        x, w = (torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16) for rows in (tokens, outputs))
+        sums = torch.rand(tokens, outputs, device="cuda", dtype=torch.float16)
+        for kernels.PROGRAMS, kernels.BLOCK, kernels.WARPS in PASSES:
+            print(
+                f"{tokens}x{inputs}x{outputs:<6}{(kernels.PROGRAMS, kernels.BLOCK, kernels.WARPS)!s:16}",
+                "  ".join(pass_times(kernels, x, w, sums)),
+                flush=True,
+            )
+
+
+def pass_times(kernels: Any, x: Tensor, w: Tensor, sums: Tensor) -> Iterator[str]:
+    from triton.testing import do_bench_cudagraph
+
+    ends = [torch.tensor(end, device="cuda") for end in (-4.5, 4.5, -4.5, 4.5, -200.0, 200.0)]
+    zero, extreme = (
+        torch.zeros((), dtype=torch.int64, device="cuda"),
+        torch.empty(3, 2, kernels.PROGRAMS, device="cuda"),
+    )
+    given = ends, zero, zero, sums.shape[1], (1, 2), extreme, 256, x.dtype, True
+    calls = (
+        ("x", x, lambda: kernels.convert(x, ends[0:2], extreme, 0, 256, 0.0, True)),
+        ("w", w, lambda: kernels.convert(w, ends[2:4], extreme, 1, 256, 0.02, True)),
+        ("sums", sums, lambda: kernels.write_results(sums, None, *given)),
+    )
+    for name, tensor, call in calls:
+        spent = do_bench_cudagraph(call, rep=50, return_mode="median")
+        yield f"{name} {1e3 * spent:6.1f} us {4 * tensor.numel() / spent / 1e9:5.2f} TB/s"
+
+
 def main() -> None:
-    parts = {"check": check, "time": measure, "tiles": try_tiles}
+    parts = {"check": check, "time": measure, "tiles": try_tiles, "passes": try_passes}
     chosen = sys.argv[1:] or ["check", "time"]
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen:

@@ -21,8 +21,8 @@ from backends.kernels.optical_product import LINEAR, Converters, dither_words
 operand_kernel: Any = None
 result_kernel: Any = None
 
-# Of each pass, whatever its tensor: programs (some fifteen for each of an H200's processors), elements that one takes at
-# a time (two 16-byte loads a thread), and warps of one.
+# Of each pass, whatever its tensor: programs (some fifteen for each processor of an H200), elements that one takes at a
+# time (two 16-byte loads a thread), and warps of one.
 PROGRAMS, BLOCK, WARPS = 2048, 2048, 4
 
 
@@ -68,7 +68,7 @@ def optical_linear_forward(
     lut_min: float | None,
     observe: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(y [..., N] in the dtype of x, ranges seen [6] float32, empty without `observe`); the rest as `optical_linear`."""
+    """(y [..., N], ranges seen [6] float32 or empty) from what `optical_linear` and its `Converters` hold."""
     rows = x.reshape(-1, x.shape[-1])
     extreme = x.new_empty((3, 2, PROGRAMS) if observe else 0, dtype=torch.float32)
     light_x = convert(rows, ranges[0:2], extreme, 0, input_levels, 0.0, observe)

@@ -1,7 +1,7 @@
 """Triton: the passes of an optical linear around its product, each over its tensor once.
 
-A program takes every PROGRAMS-th block of a tensor in the order of memory, and leaves the minimum and the negated maximum
-of all it has read: part PART of `extreme` [3, 2, PROGRAMS] is whole whatever the tensor's size, the same in every run.
+A program takes every PROGRAMS-th block of a tensor in the order of memory, and leaves the minimum and the negated
+maximum of all it has read: part PART of `extreme` [3, 2, PROGRAMS] is whole whatever the tensor's size.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -45,10 +45,10 @@ def store_extremes(extreme, part, smallest, largest, unit):
 
 
 def operand_kernel(
-    x, light, first, last, extreme, count, PART: tl.constexpr, LEVELS: tl.constexpr, LUT_MIN: tl.constexpr, EVEN: tl.constexpr,
-    OBSERVE: tl.constexpr, BLOCK: tl.constexpr,
+    x, light, first, last, extreme, count, PART: tl.constexpr, LEVELS: tl.constexpr, LUT_MIN: tl.constexpr,
+    EVEN: tl.constexpr, OBSERVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """light = Q(x) relative to the larger end of its range, the two floats at `first` and `last`; x as it is without."""
+    """light = Q(x) relative to the larger end of its range, which lies at `first` and `last`; else x as it is."""
     infinity = float("inf")
     low, high = tl.load(first), tl.load(last)
     known = (tl.abs(low) < infinity) & (tl.abs(high) < infinity)
@@ -81,8 +81,9 @@ def operand_kernel(
 
 def result_kernel(
     sums, bias, x_first, x_last, w_first, w_last, out_first, out_last, number, first_row, extreme, count, row_size,
-    PART: tl.constexpr, FIRST_WORD: tl.constexpr, SECOND_WORD: tl.constexpr, COLUMNS: tl.constexpr, LEVELS: tl.constexpr,
-    BIAS: tl.constexpr, BFLOAT16: tl.constexpr, EVEN: tl.constexpr, OBSERVE: tl.constexpr, BLOCK: tl.constexpr,
+    PART: tl.constexpr, FIRST_WORD: tl.constexpr, SECOND_WORD: tl.constexpr, COLUMNS: tl.constexpr,
+    LEVELS: tl.constexpr, BIAS: tl.constexpr, BFLOAT16: tl.constexpr, EVEN: tl.constexpr, OBSERVE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Over the float16 `sums` of relative operands their dithered and converted value, plus `bias`, as 16-bit floats.
 
