@@ -1,7 +1,10 @@
 """The tests' own compiler: equal work is done once, anything that differs is compiled."""
 
+import ctypes
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -60,6 +63,15 @@ def test_the_same_source_is_compiled_once_wherever_it_lies(session: Session) -> 
     assert session.runs == 1
 
 
+def test_addresses_in_messages_are_no_difference(session: Session) -> None:
+    first = session.compile("a", 'auto x = "<function f at 0x7f01>, 2";\n', "-c")
+    assert session.compile("b", 'auto x = "<function f at 0x7fab>, 2";\n', "-c") == first
+    session.compile("c", 'auto x = "<function g at 0x7fab>, 2";\n', "-c")
+    session.compile("d", "auto x = 0x7fab;\n", "-c")
+    session.compile("e", "auto x = 0x7f01;\n", "-c")
+    assert session.runs == 4
+
+
 @pytest.mark.parametrize(
     ("source", "flags", "name"),
     [
@@ -97,3 +109,36 @@ def test_processes_of_this_session_compile_through_it() -> None:
         check=True,
     )
     assert "compiler_cache.py" in Path(shown.stdout.strip()).read_text()
+
+
+@pytest.mark.skipif("TESTS_CXX" not in os.environ, reason="no compiler, or not on Linux")
+def test_wrappers_share_templates(tmp_path: Path) -> None:
+    """Each library computes its own function; only those that need a new template are compiled in whole as well."""
+    kept, log, compiler = tmp_path / "kept", tmp_path / "log", tmp_path / "counted"
+    kept.mkdir()
+    compiler.write_text(f'#!/bin/sh\necho run >>{log}\nexec {os.environ["TESTS_CXX"]} "$@"\n')
+    compiler.chmod(0o755)
+
+    def runs_of(number: str, kind: str) -> int:
+        """Compile a wrapper that sums `number` and 1 in a vector of a type, check what it computes; g++ runs."""
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        source, library = folder / "region.wrapper.cpp", folder / "region.so"
+        source.write_text(
+            f'#include <vector>\nextern "C" double sum() {{ std::vector<{kind}> v; '
+            f"v.push_back({number}); v.push_back(1); return v[0] + v[1]; }}\n"
+        )
+        wrapper = source.with_suffix(".o")
+        assert main(str(compiler), kept, [str(source), "-O0", "-fPIC", "-c", "-o", str(wrapper)]) == 0
+        assert main(str(compiler), kept, [str(wrapper), "-shared", "-fPIC", "-o", str(library)]) == 0
+        function = ctypes.CDLL(str(library)).sum
+        function.restype = ctypes.c_double
+        assert function() == float(number) + 1
+        counted = len(log.read_text().splitlines())
+        log.unlink()
+        return counted
+
+    assert runs_of("40", "int") == 3  # without templates, in whole, the library
+    assert runs_of("50", "int") == 2
+    assert runs_of("1.5", "double") == 4  # a library that lacks a name, in whole, the library
+    assert runs_of("2.5", "double") == 2
+    assert runs_of("60", "int") == 2
