@@ -141,6 +141,16 @@ def require_compiler(device_type: str) -> None:
         ) from None
 
 
+def prepare_forks() -> None:
+    """Do here, once, what every process that lowers CPU regions does first: import the compiler, and find out which
+    vector instructions run here. 1.7 s of CPU time, which forked processes inherit."""
+    with quiet_torch():
+        import torch._inductor.compile_fx  # noqa: F401
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+        pick_vec_isa()
+
+
 def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: Path, debug: Path | None = None) -> int:
     """Compile `graph` for `device_type` into the file `path`; returns the number of kernels the compiler made.
 

@@ -62,6 +62,7 @@ def lower_all(
             for done, name in enumerate(regions, 1):
                 _finish(regions[name].spec, _work.lower(name), report, done, len(regions))
             return
+        lowering.prepare_forks()
         with _workers(jobs) as pool:
             longest_first = sorted(regions, key=lambda name: -regions[name].spec.nodes)
             futures = {pool.submit(_lower, name): name for name in longest_first}

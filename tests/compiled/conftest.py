@@ -145,12 +145,15 @@ def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.Temp
             plan = plan_of(*settings, f"backend.rules=[{written}]", **fields)
             # A setting that is not part of the step must still be compiled afresh: the name holds what was asked for.
             path = shared / f"{hashlib.sha256(key.encode()).hexdigest()[:12]}-{plan.spec.key}.substrate"
-            with FileLock(shared / "compile.lock"):  # one at a time: a compile takes every core
+            with FileLock(path.with_suffix(".lock")):
                 if not path.exists():
                     target = plan.spec.target
                     mlir = MlirOptions(target["dialect"], compiler=target.get("compiler")) if target else None
                     how = (plan.spec, plan.optimizers, plan.precision)
-                    content = build(plan.model, *how, teacher=plan.bare_teacher(), mlir=mlir)
+                    # In this process, where Inductor is set up once for all tests; forks would do it for each artifact.
+                    # torch-mlir is set up in a process of its own.
+                    workers = None if mlir else 1
+                    content = build(plan.model, *how, teacher=plan.bare_teacher(), mlir=mlir, workers=workers)
                     path.with_suffix(".part").write_bytes(content)
                     path.with_suffix(".part").rename(path)
             made[key] = Compiled(plan, open_artifact(path), list(rules))
