@@ -45,9 +45,10 @@ def child(path: Path, settings: list[str]) -> None:
     import torch
 
     from apps.training.config import parse
+    from apps.training.devices import wait
     from apps.training.models import load_weights
+    from apps.training.random_step import first_hyperparameters, random_batch
     from apps.training.step_plan import plan_step
-    from benchmarks.step_speed import batch, hyperparameters, synchronize
     from compiled.artifact import open_artifact
     from compiled.program import CompiledProgram
 
@@ -62,9 +63,9 @@ def child(path: Path, settings: list[str]) -> None:
         torch.zeros(1, device=device)
     imports = time.perf_counter() - started
     model = load_weights(config, plan.model_config, device)
-    hyper = hyperparameters(plan, model, device)
-    data = batch(plan, device)
-    synchronize(device)
+    hyper = first_hyperparameters(plan, model, device)
+    data = random_batch(plan, device)
+    wait(device)
     weights = time.perf_counter() - started - imports
 
     processes: list[str] = []

@@ -52,11 +52,11 @@ def measure(variants: dict[str, list[dict[str, Any]]], given: dict[str, str], ow
     import torch
 
     from apps.training.config import parse
-    from apps.training.devices import open_device
+    from apps.training.devices import open_device, wait
     from apps.training.programs import make_program
+    from apps.training.random_step import first_hyperparameters, random_batch
     from apps.training.step_plan import plan_step
     from apps.training.workers.group import Workers
-    from benchmarks.step_speed import batch, hyperparameters, synchronize
 
     found: dict[str, Any] = {}
     steps: dict[str, Callable[[], None]] = {}
@@ -67,15 +67,15 @@ def measure(variants: dict[str, list[dict[str, Any]]], given: dict[str, str], ow
         artifact = artifact_of(config, plan)
         device = open_device(plan.spec.device["kind"], config, Workers.solo())
         model = models[name] = random_model(plan, config, device)
-        program, data = make_program(config, plan, artifact, model, Workers.solo()), batch(plan, device)
-        table = hyperparameters(plan, model, device)
+        program, data = make_program(config, plan, artifact, model, Workers.solo()), random_batch(plan, device)
+        table = first_hyperparameters(plan, model, device)
         steps[name] = lambda program=program, data=data, table=table: program.train_step([data], table, None)
         blocks = [each.numel() for path, each in model.named_parameters() if "_proj." in path]
         found[name] = {"step_flops": artifact.manifest["cost"]["flops"], "block_numbers": sum(blocks)}
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(3 + int(own["steps"])):
         for name, step in steps.items():
-            times[name].append(seconds_of(step, lambda: synchronize(device)))
+            times[name].append(seconds_of(step, lambda: wait(device)))
     for name, each in times.items():
         found[name]["step_ms"] = round(1e3 * statistics.median(each[3:]), 2)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def generation(model: Any, size: int, prompt: int, new_tokens: int) -> dict[str,
     """Milliseconds of reading the prompts, and of one further token for all of them."""
     import torch
 
-    from benchmarks.step_speed import synchronize
+    from apps.training.devices import wait
 
     device = next(model.parameters()).device
     ids = torch.randint(0, model.config.vocab_size, (size, prompt), device=device)
@@ -132,7 +132,7 @@ def generation(model: Any, size: int, prompt: int, new_tokens: int) -> dict[str,
                 do_sample=False,
                 pad_token_id=0,
             ),
-            lambda: synchronize(device),
+            lambda: wait(device),
         )
 
     first, whole = seconds(1), seconds(1 + new_tokens)

@@ -41,12 +41,12 @@ def watch_a_step(config, plan, workers) -> tuple[list[Span], list[Span]]:
     from apps.training.devices import open_device
     from apps.training.models import load_weights
     from apps.training.programs import make_program, require_artifact
-    from benchmarks.step_speed import batch, hyperparameters
+    from apps.training.random_step import first_hyperparameters, random_batch
 
     device = open_device("cpu", config, workers)
     model = load_weights(config, plan.model_config, device)
     program = make_program(config, plan, require_artifact(config, plan), model, workers)
-    data, table = batch(plan, device), hyperparameters(plan, model, device)
+    data, table = random_batch(plan, device), first_hyperparameters(plan, model, device)
     regions: list[Span] = []
     sums: list[Span] = []
     watch_regions(program.binding, regions)

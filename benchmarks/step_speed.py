@@ -1,12 +1,14 @@
-"""Time of a train step: compiled regions against what a user would take instead, side by side.
+"""Time of a train step: the compiled step against what a user would take instead, and against the floor.
 
     python benchmarks/step_speed.py checkpoint.config_name=clm-60m model.max_seq_length=2048 training.batch_size=16 \
         model.dtype=bfloat16 optimizer.moments_dtype=bfloat16 optimizer.master_weights=none peers=none
 
 Random tokens, no clipping, AdamW. Each variant is a process of its own, set up as its user would have it (our runs
-also set the memory allocator); they take turns, `steps` rounds of them, so that a busy moment of the machine meets all.
-A line for each gives the minimum and median time of a step, and one for each peer the ratios. Peers are plain
-transformers with fused AdamW: `eager`, and `compile` for torch.compile. `checkpoint.config_name` may be a folder.
+also set the memory allocator). On a GPU each is alone there, one after the other; on a CPU they take turns, `steps`
+rounds of them, so that a busy moment of the machine meets all. A line of JSON for each gives minimum and median time of
+a step, MFU and share of the floor where they are known, peak memory, and how many times as long as ours it takes; or
+why it was left out. `peers`: of eager, compile and liger (benchmarks/peers.py), or none. Without the CUDA graph:
+run.cuda_graph=off. `checkpoint.config_name` may be a folder.
 """
 
 import json
@@ -15,18 +17,29 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-OWN = {"peers": "eager,compile", "steps": "12", "graph": "auto"}
+from benchmarks.peers import NAMES, Missing, peer_step  # noqa: E402
+
+OWN = {"peers": "eager,compile", "steps": "12"}
+OURS = "substrate"
+NO_ROOM = "does not fit into the device's memory"
+MEASURED = 0.3  # seconds that a measurement on a GPU takes at least: whole steps, one after the other
 
 
 def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     own = {name: given.pop(name, default) for name, default in OWN.items()}
+    peers = [] if own["peers"] == "none" else own["peers"].split(",")
+    unknown = sorted(set(peers) - set(NAMES))
+    if unknown:
+        sys.exit(f"error: peers={own['peers']}: {unknown[0]} is unknown. Expected some of {', '.join(NAMES)}, or none.")
     from apps.training.compile_command import compile_artifact, region_table, summary
     from apps.training.config import parse
     from apps.training.step_plan import plan_step
@@ -38,167 +51,213 @@ def main() -> None:
         artifact = compile_artifact(config, plan)
         print(summary(artifact, plan) + "\n" + region_table(artifact), flush=True)
         on_gpu = plan.spec.device["kind"] == "cuda"
-        names = ["regions"] + ["regions+graph"] * (on_gpu and own["graph"] != "off")
-        names += [peer for peer in own["peers"].split(",") if peer != "none"]
-        variants = {name: start(name, settings) for name in names}
-        report(variants, int(own["steps"]), plan, artifact.manifest["cost"]["flops"], repeats=5 if on_gpu else 1)
+        measure = one_by_one if on_gpu else in_turns
+        yardstick = yardstick_of(config, plan, artifact)
+        ours = None
+        for result in measure([OURS, *peers], settings, int(own["steps"])):
+            ours = result if result.name == OURS else ours
+            print(json.dumps(line(result, ours, yardstick, plan)), flush=True)
+        print(json.dumps(floor_line(yardstick, plan)), flush=True)
 
 
-def start(name: str, settings: list[str]) -> Callable[[str], float]:
-    """Start a variant and wait until it is warm; returns a function that lets it work and gives what it answers."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    context.Process(target=serve, args=(name, settings, theirs), daemon=True).start()
-    theirs.close()
-
-    def ask(what: str) -> float:
-        ours.send(what)
-        return ours.recv()
-
-    ask("1")
-    return ask
+# ----------------------------------------------------------------------------------------------------------------------
+# Variants, each a process
 
 
-def serve(name: str, settings: list[str], pipe) -> None:
-    """One variant's process: answers a number of steps with their mean seconds, and `memory` with its peak in GiB."""
+@dataclass
+class Result:
+    """What became of a variant: seconds of its steps and its peak memory in GiB, or why it was left out."""
+
+    name: str
+    seconds: list[float]
+    peak_gib: float | None = None
+    left_out: str | None = None
+
+
+class LeftOut(Exception):
+    """The variant cannot run here; says why."""
+
+
+class Variant:
+    """A variant in a process of its own, warm. Raises LeftOut when it is not installed or does not fit."""
+
+    def __init__(self, name: str, settings: list[str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(name, settings, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            answer = "failed, see above"
+        if isinstance(answer, str):
+            self.stop()
+            raise LeftOut(answer)
+
+    def seconds(self, steps: int) -> float:
+        """Mean seconds of so many steps, one after the other."""
+        return self._ask(steps)
+
+    def peak_gib(self) -> float:
+        """The most of the GPU's memory that PyTorch held."""
+        return self._ask("memory")
+
+    def stop(self) -> None:
+        """End the process, which gives its memory back."""
+        self._pipe.close()
+        self._process.join()
+
+    def _ask(self, what: int | str) -> float:
+        self._pipe.send(what)
+        return self._pipe.recv()
+
+
+def one_by_one(names: Sequence[str], settings: list[str], rounds: int) -> Iterable[Result]:
+    """Each variant alone on the GPU."""
+    import torch
+
+    torch.cuda.empty_cache()  # what the compile tried its kernels on
+    for name in names:
+        try:
+            variant = Variant(name, settings)
+        except LeftOut as reason:
+            yield Result(name, [], left_out=str(reason))
+            continue
+        repeats = max(1, int(MEASURED / variant.seconds(1)))
+        times = [variant.seconds(repeats) for _ in range(rounds)]
+        yield Result(name, times, variant.peak_gib())
+        variant.stop()
+
+
+def in_turns(names: Sequence[str], settings: list[str], rounds: int) -> Iterable[Result]:
+    """A step of each variant in every round."""
+    results, variants = {name: Result(name, []) for name in names}, {}
+    for name in names:
+        try:
+            variants[name] = Variant(name, settings)
+        except LeftOut as reason:
+            results[name].left_out = str(reason)
+    for _ in range(rounds):
+        for name, variant in variants.items():
+            results[name].seconds.append(variant.seconds(1))
+    for variant in variants.values():
+        variant.stop()
+    return results.values()
+
+
+def serve(name: str, settings: list[str], pipe: Any) -> None:
+    """A variant's process: says 0.0 when it is warm or else why it is left out, then answers as `Variant` asks."""
     import torch
 
     from apps.training.config import parse
-    from apps.training.devices import open_device
-    from apps.training.models import load_weights
-    from apps.training.programs import require_artifact
+    from apps.training.devices import open_device, wait
     from apps.training.step_plan import plan_step
     from apps.training.workers.group import Workers
 
     config = parse(["command=run", *settings])
     plan = plan_step(config)
-    dtype = getattr(torch, config.model.dtype)
-    if name.startswith("regions"):
-        device = open_device(plan.spec.device["kind"], config, Workers.solo())
-        model = load_weights(config, plan.model_config, device)
-        step = regions_step(require_artifact(config, plan), plan, model, "on" if name.endswith("graph") else "off")
-    else:
-        device = torch.device(plan.spec.device["kind"])
-        step = peer_step(plan, device, dtype, compiled=name == "compile")
-    for _ in range(3):
-        step()
+    kind = plan.spec.device["kind"]
+    try:
+        if name == OURS:
+            device = open_device(kind, config, Workers.solo())
+            step = own_step(config, plan, device)
+        else:
+            device = torch.device(kind)
+            step = peer_step(name, plan, device)
+        for _ in range(3):
+            step()
+        wait(device)
+    except Missing as reason:
+        return pipe.send(str(reason))
+    except torch.OutOfMemoryError:
+        return pipe.send(NO_ROOM)
+    except Exception as error:
+        if name == OURS:
+            raise
+        return pipe.send(f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}")
+    pipe.send(0.0)
     while True:
         try:
             asked = pipe.recv()
         except EOFError:  # the benchmark is over
-            return
+            return None
         if asked == "memory":
             pipe.send(torch.cuda.max_memory_allocated() / 2**30)
             continue
-        synchronize(device)
+        wait(device)
         started = time.perf_counter()
-        for _ in range(int(asked)):
+        for _ in range(asked):
             step()
-        synchronize(device)
-        pipe.send((time.perf_counter() - started) / int(asked))
+        wait(device)
+        pipe.send((time.perf_counter() - started) / asked)
 
 
-def batch(plan, device):
-    """Random tokens; every position counts."""
-    import torch
+def own_step(config: Any, plan: Any, device: Any) -> Callable[[], object]:
+    """Load the artifact as a run does and return its step; prints how long loading and the first step took."""
+    from apps.training.devices import wait
+    from apps.training.models import load_weights
+    from apps.training.programs import make_program, require_artifact
+    from apps.training.random_step import first_hyperparameters, random_batch
+    from apps.training.workers.group import Workers
 
-    shape = (plan.spec.batch_size, plan.spec.max_seq_length)
-    ids = torch.randint(0, plan.model_config.vocab_size, shape, device=device)
-    labels = torch.randint(0, plan.model_config.vocab_size, shape, device=device)
-    scale = torch.full(shape, 1 / ids.numel(), device=device, dtype=getattr(torch, plan.precision.logits))
-    return {"input_ids": ids, "labels": labels, "grad_scale": scale}
-
-
-def hyperparameters(plan, model, device):
-    """The table of numbers for a first step at rate 1e-4."""
-    from apps.training.hyperparameters import hyperparameter_table
-    from backends.precision import as_torch, at_least_float32
-
-    names, dtype = [name for name, _ in model.named_parameters()], as_torch(at_least_float32(plan.precision.parameters))
-    return hyperparameter_table(names, plan.groups, step=1, rate=lambda peak: 1e-4, dtype=dtype).to(device)
-
-
-def regions_step(artifact, plan, model, graph: str) -> Callable[[], None]:
-    """Load the artifact and return its step; prints how long loading and the first step took."""
-    import torch
-
-    from compiled.cuda_graph import GraphedProgram
-    from compiled.program import CompiledProgram
-
-    device = next(model.parameters()).device
-    data = batch(plan, device)
-    hyper = hyperparameters(plan, model, device)
-    synchronize(device)
+    model = load_weights(config, plan.model_config, device)
+    batch, table = random_batch(plan, device), first_hyperparameters(plan, model, device)
+    wait(device)
     started = time.perf_counter()
-    program = (GraphedProgram if graph == "on" else CompiledProgram)(
-        artifact,
-        model,
-        moments_dtype=getattr(torch, plan.precision.moments),
-        master_dtype=None if plan.precision.master == "none" else getattr(torch, plan.precision.master),
-    )
+    program = make_program(config, plan, require_artifact(config, plan), model, Workers.solo())
     loaded = time.perf_counter()
-    loss = program.train_step([data], hyper, None).loss.item()
-    print(
-        json.dumps(
-            {"load_s": round(loaded - started, 3), "first_step_s": round(time.perf_counter() - loaded, 3), "loss": loss}
-        ),
-        flush=True,
-    )
-    return lambda: program.train_step([data], hyper, None)
+    loss = program.train_step([batch], table, None).loss.item()
+    taken = {"load_s": round(loaded - started, 3), "first_step_s": round(time.perf_counter() - loaded, 3)}
+    print(json.dumps(taken | {"loss": loss}), flush=True)
+    return lambda: program.train_step([batch], table, None)
 
 
-def peer_step(plan, device, dtype, *, compiled: bool) -> Callable[[], None]:
-    """Plain transformers with fused AdamW."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**plan.spec.model)
-    config._attn_implementation, config.use_cache = "sdpa", False
-    torch.set_default_dtype(dtype)
-    with device:
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    forward = torch.compile(model) if compiled else model
-    data = batch(plan, device)
-
-    def step() -> None:
-        forward(input_ids=data["input_ids"], labels=data["input_ids"]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+# ----------------------------------------------------------------------------------------------------------------------
+# What is said of them
 
 
-def synchronize(device) -> None:
+def yardstick_of(config: Any, plan: Any, artifact: Any) -> Any:
+    """FLOPs, peak and floor of the step; a CPU's floor is measured here, since its artifact has none."""
+    from dataclasses import replace
+
     import torch
 
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+    from apps.training.efficiency import efficiency_of
+    from apps.training.floor import measure_floor
+    from apps.training.workers.group import Workers
+
+    device = torch.device(plan.spec.device["kind"], 0) if plan.spec.device["kind"] == "cuda" else torch.device("cpu")
+    found = efficiency_of(config, plan, artifact, device, Workers.solo(), 1)
+    floor = measure_floor(plan, device) if device.type == "cpu" else None
+    return found if floor is None else replace(found, floor=floor.microbatch + floor.update)
 
 
-def report(variants: dict[str, Callable[[str], float]], steps: int, plan, flops: int, repeats: int) -> None:
-    """Time the variants in turns, print times and ratios."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(steps):
-        for name, ask in variants.items():
-            times[name].append(ask(str(repeats)))
+def line(result: Result, ours: Result | None, yardstick: Any, plan: Any) -> dict[str, Any]:
+    """One variant's figures, with the median of the ratios of each round."""
+    if result.left_out is not None:
+        return {"variant": result.name, "left_out": result.left_out}
+    middle = statistics.median(result.seconds)
+    found = {"variant": result.name, "min_ms": round(min(result.seconds) * 1e3, 2)} | speed(middle, yardstick, plan)
+    if ours is not None and ours is not result and ours.seconds:
+        ratios = [theirs / mine for theirs, mine in zip(result.seconds, ours.seconds, strict=True)]
+        found |= {"times_ours": round(statistics.median(ratios), 3)}
+    return found | ({} if result.peak_gib is None else {"peak_gib": round(result.peak_gib, 2)})
+
+
+def floor_line(yardstick: Any, plan: Any) -> dict[str, Any]:
+    if yardstick.floor is None:
+        return {"variant": "floor", "left_out": NO_ROOM}
+    return {"variant": "floor"} | speed(yardstick.floor, yardstick, plan)
+
+
+def speed(seconds: float, yardstick: Any, plan: Any) -> dict[str, float]:
+    """Speed of a step that takes so long, and its shares of peak and floor where they are known."""
     tokens = plan.spec.batch_size * plan.spec.max_seq_length
-    for name, seconds in times.items():
-        low, middle = min(seconds), statistics.median(seconds)
-        line = {"variant": name, "min_ms": round(low * 1e3, 2), "median_ms": round(middle * 1e3, 2)}
-        line |= {"tokens_per_s": round(tokens / middle), "tflops": round(flops / middle / 1e12, 2)}
-        if plan.spec.device["kind"] == "cuda":
-            line["peak_gib"] = round(variants[name]("memory"), 2)
-        print(json.dumps(line), flush=True)
-    ours = times["regions"]
-    for name, seconds in times.items():
-        if name != "regions":
-            ratios = [theirs / mine for theirs, mine in zip(seconds, ours, strict=True)]
-            pairs = statistics.median(ratios)
-            print(
-                f"{name} / regions: {min(seconds) / min(ours):.3f} (minima), {pairs:.3f} (median of pairs)", flush=True
-            )
+    found = {"median_ms": round(seconds * 1e3, 2), "tokens_per_s": round(tokens / seconds)}
+    found |= {"tflops": round(yardstick.flops / seconds / 1e12, 3)}
+    shares = {"mfu": yardstick.utilisation(seconds), "of_floor": yardstick.of_floor(seconds)}
+    return found | {name: round(share, 4) for name, share in shares.items() if share is not None}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ at the end. Settings are train_llm.py's and those of OWN; `share=none` or `whole
 """
 
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -167,7 +166,7 @@ def whole(settings: list[str], rounds: int, steps: int) -> dict[str, float]:
     from apps.training.programs import require_artifact
     from apps.training.step_plan import plan_step
     from backends.errors import UserError
-    from benchmarks.step_speed import serve
+    from benchmarks.step_speed import OURS, Variant
 
     config = parse(["command=compile", *settings])
     plan = plan_step(config)
@@ -178,22 +177,11 @@ def whole(settings: list[str], rounds: int, steps: int) -> dict[str, float]:
     on_gpu = plan.spec.device["kind"] == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()  # what this process tried its regions on
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=("regions+graph" if on_gpu else "regions", settings, theirs))
-    process.start()
-    theirs.close()
-
-    def ask(what: str) -> float:
-        ours.send(what)
-        return ours.recv()
-
-    ask("3")
-    times = [ask(str(steps)) * 1e3 for _ in range(rounds)]
+    variant = Variant(OURS, settings)
+    times = [variant.seconds(steps) * 1e3 for _ in range(rounds)]
     result = {"min_ms": round(min(times), 2), "median_ms": round(statistics.median(times), 2)}
-    result |= {"peak_gib": round(ask("memory"), 2)} if on_gpu else {}
-    ours.close()  # the process ends, and gives its memory back
-    process.join()
+    result |= {"peak_gib": round(variant.peak_gib(), 2)} if on_gpu else {}
+    variant.stop()
     return result
 
 

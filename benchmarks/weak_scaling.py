@@ -1,12 +1,12 @@
-"""Time of a step on 1, 2, … workers with the same work for each, what a checkpoint costs, and how the sums overlap.
+"""Time of a step on 1, 2, … workers with the same work for each, and what a checkpoint costs.
 
     python apps/train_llm.py command=compile SETTINGS
-    torchrun --nproc-per-node N benchmarks/weak_scaling.py SETTINGS [steps=20] [save=1] [trace=FILE.json]
+    torchrun --nproc-per-node N benchmarks/weak_scaling.py SETTINGS [steps=20] [save=1]
 
 Random tokens, AdamW, no clipping, the CUDA graph on a GPU. The first worker prints one JSON line: the slowest worker's
 median time of a step and the tokens of all per second. `save=1` adds, for one of the steps, a checkpoint that is
-written meanwhile, and prints how much of a step it took. `trace=FILE` writes the profiler's trace of two steps
-(without the graph), to look at in Perfetto or chrome://tracing.
+written meanwhile, and prints how much of a step it took. How sums and regions overlap: apps/profile_step.py, started
+the same way.
 """
 
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-OWN = {"steps": "20", "save": "0", "trace": ""}
+OWN = {"steps": "20", "save": "0"}
 
 
 def main() -> None:
@@ -40,28 +40,27 @@ def main() -> None:
 
 
 def measure(config, plan, workers, own: dict[str, str]) -> None:
-    from apps.training.config_schema import RunConfig
-    from apps.training.devices import open_device
+    from apps.training.devices import open_device, wait
     from apps.training.models import load_weights
     from apps.training.programs import make_program, require_artifact
-    from benchmarks.step_speed import batch, hyperparameters, synchronize
+    from apps.training.random_step import first_hyperparameters, random_batch
 
     began = time.perf_counter()
     device = open_device(plan.spec.device["kind"], config, workers)
     model = load_weights(config, plan.model_config, device)
     program = make_program(config, plan, require_artifact(config, plan), model, workers)
-    data, table = batch(plan, device), hyperparameters(plan, model, device)
+    data, table = random_batch(plan, device), first_hyperparameters(plan, model, device)
     data["grad_scale"] /= workers.world_size
 
     def steps(count: int, after_third: Callable[[], None] = lambda: None) -> float:
         """Seconds of `count` steps. As in training, the host runs ahead of the device."""
-        synchronize(device)
+        wait(device)
         began = time.perf_counter()
         for index in range(count):
             program.train_step([data], table, None)
             if index == 2:
                 after_third()
-        synchronize(device)
+        wait(device)
         return time.perf_counter() - began
 
     times = [steps(1) for _ in range(3 + int(own["steps"]))]
@@ -71,9 +70,6 @@ def measure(config, plan, workers, own: dict[str, str]) -> None:
     line |= {"start_and_first_step_s": round(times[0] + time.perf_counter() - began - sum(times), 2)}
     if int(own["save"]):
         line |= saving(program, model, workers, steps, middle)
-    if own["trace"]:
-        object.__setattr__(config, "run", RunConfig(cuda_graph="off"))
-        trace(make_program(config, plan, require_artifact(config, plan), model, workers), data, table, own["trace"])
     if workers.is_first:
         print(json.dumps(line), flush=True)
 
@@ -112,23 +108,6 @@ def saving(program, model, workers, steps: Callable[..., float], usual: float) -
         workers.barrier()
     middle = statistics.median(lost[1:])
     return {"save_lost_steps": round(middle, 3), "first": round(lost[0], 3), "then_waited_s": round(waited, 2)}
-
-
-def trace(program, data, table, path: str) -> None:
-    """The profiler's trace of two steps, by the first worker."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    for _ in range(3):
-        program.train_step([data], table, None)
-    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
-        for _ in range(2):
-            program.train_step([data], table, None)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        profiler.export_chrome_trace(path)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_the_benchmarks_of_the_readme_run(tmp_path: Path) -> None:
     shape = {"checkpoint.config_name": str(tmp_path), "model.max_seq_length": "32"}
     for script, settings in benchmarks():
         own = import_module(f"benchmarks.{Path(script).stem}").OWN
-        quick = {"peers": "none", "steps": "3", "rounds": "1", "batch_size": "1"}
+        quick = {"peers": "none", "steps": "3", "rounds": "1", "batch_size": "1", "rows": "cpu"}
         given = settings | shape | {key: value for key, value in quick.items() if key in own}
         if "batch_size" in own:
             given["training.dataset"] = f"{tmp_path}/dataset"

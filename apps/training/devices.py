@@ -62,6 +62,12 @@ def _order_scattered_sums() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
 
 
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def describe(device: torch.device) -> str:
     """`NVIDIA H200` or `CPU, 2 threads`."""
     if device.type == "cuda":
