@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,8 @@ class Dense(Backend):
 
     One exception: training in bfloat16 on a CPU with short sequences takes two products and a float32 softmax.
     """
+
+    joins_rows: ClassVar[bool] = True
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: State, *, training: bool = False

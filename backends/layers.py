@@ -63,20 +63,20 @@ class BackendLinear(Stateful, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → y [..., out_features]."""
-        x, backend = _cast(x, self.compute_dtype), computed_by(self.backend)
+        x, backend = cast(x, self.compute_dtype), computed_by(self.backend)
         weight: Any
         if self.stored is None:
             weight = self.effective_weight()
-            bias = None if self.bias is None else _cast(self.bias, self.compute_dtype)
+            bias = None if self.bias is None else cast(self.bias, self.compute_dtype)
         else:
-            weight, bias = {name: _cast(getattr(self, name), self.compute_dtype) for name in self.stored}, None
+            weight, bias = {name: cast(getattr(self, name), self.compute_dtype) for name in self.stored}, None
         y = self.call_with_state(lambda state: backend.linear(x, weight, bias, state, training=self.training))
         return _of_shape(y, (*x.shape[:-1], self.out_features), backend, "linear")
 
     def effective_weight(self) -> Tensor:
         """W, or W + α/r · B A with the sum made in at least float32: one matrix [out, in] in the compute dtype."""
         if self.lora_alpha is None:
-            return _cast(self.weight, self.compute_dtype)
+            return cast(self.weight, self.compute_dtype)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         update = self.lora_B.to(wide) @ self.lora_A.to(wide)
         scale = self.lora_alpha / self.lora_A.shape[0]
@@ -153,7 +153,7 @@ class BackendAttention(Stateful):
         `drop`: what training does to the weights [B, heads, S, S_kv] behind the softmax. UserError where the backend
         does not make them.
         """
-        q, k, v = (_cast(x, self.compute_dtype) for x in (q, k, v))
+        q, k, v = (cast(x, self.compute_dtype) for x in (q, k, v))
         backend = computed_by(self.backend)
         compute: Callable[..., Any] = backend.attention
         if drop is not None and self.training:
@@ -178,5 +178,6 @@ def _of_shape(y: Tensor, shape: tuple[int, ...], backend: Backend, operation: st
     return y
 
 
-def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`x` in `dtype`; None: as it is."""
     return x if dtype is None or x.dtype == dtype else x.to(dtype)

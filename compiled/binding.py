@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from backends.errors import UserError
 from compiled.artifact import Artifact
+from compiled.joining import lay_together
 
 # One part of the schedule: its regions, and its parameters and state by local name → full name.
 Entry = Mapping[str, Any]
@@ -16,13 +17,16 @@ Entry = Mapping[str, Any]
 class Binding:
     """Machine code of an artifact over the parameters and buffers of `model`, which it reads and writes in place.
 
-    Raises `UserError` when the model's parameters are not those the artifact was made for.
+    Raises `UserError` when the model's parameters are not those the artifact was made for. Parameters that regions take
+    together get memory side by side: they stay the same objects with the same values.
     """
 
     def __init__(self, artifact: Artifact, model: nn.Module) -> None:
         self.tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
         self.device_type = artifact.device_type
-        _check_names(artifact.manifest["schedule"], self.tensors, {name for name, _ in model.named_parameters()})
+        schedule = artifact.manifest["schedule"]
+        _check_names(schedule, self.tensors, {name for name, _ in model.named_parameters()})
+        self.joint = lay_together(schedule["blocks"], self.tensors)
         self.regions = artifact.load_regions()
         self._checked: set[str] = set()
 
@@ -37,8 +41,19 @@ class Binding:
         return {spec.name: output for spec, output in zip(region.spec.outputs, outputs, strict=True)}
 
     def inputs(self, entry: Entry) -> dict[str, Tensor]:
-        """Parameters and state of a part, by local name."""
-        return {local: self.tensors[full] for slots in ("parameters", "state") for local, full in entry[slots].items()}
+        """Parameters, alone and joint, and state of a part, by local name."""
+        own = {local: self.tensors[full] for slots in ("parameters", "state") for local, full in entry[slots].items()}
+        joint = {name: self.joint[entry["parameters"][members[0]]] for name, members in entry["joint"].items()}
+        return own | joint
+
+    def gradients(self, entry: Entry, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a part's trained parameters, by full name, out of its backward's results; of joint ones the rows."""
+        found = {local: results[f"grad_{local}"] for local in entry["trained"] if f"grad_{local}" in results}
+        for name, members in entry["joint"].items():
+            if f"grad_{name}" in results:  # frozen ones have none
+                rows = [len(self.tensors[entry["parameters"][local]]) for local in members]
+                found |= zip(members, results[f"grad_{name}"].split(rows), strict=True)
+        return {entry["parameters"][local]: found[local] for local in entry["trained"]}
 
     def input_dtype(self, region: str, name: str) -> torch.dtype:
         """The dtype in which `region` takes its input `name`."""

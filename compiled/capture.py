@@ -54,13 +54,13 @@ class Sources:
         return self.empty(tensor.shape, tensor.dtype, requires_grad)
 
     def stage_tensors(self, stage: Stage, with_grad: bool = True) -> dict[str, Tensor]:
-        """Parameters and state of a stage by local name, in the stage's order."""
+        """Parameters, alone or joint, and state of a stage by local name, in the stage's order."""
         parameters = dict(stage.module.named_parameters())
         buffers = dict(stage.module.named_buffers())
-        tensors = {
-            slot.local: self.like(parameters[slot.local], with_grad and parameters[slot.local].requires_grad)
-            for slot in stage.parameters
-        }
+        tensors = {}
+        for name, members in stage.tensors().items():
+            first, rows = parameters[members[0]], sum(len(parameters[local]) for local in members)
+            tensors[name] = self.empty((rows, *first.shape[1:]), first.dtype, with_grad and first.requires_grad)
         return tensors | {slot.local: self.like(buffers[slot.local]) for slot in stage.state}
 
     def first_row(self, stage: Stage) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ def capture_stage(
     joint = lowering.trace_joint(forward, list(inputs.values()))
     forward_graph, backward_graph = lowering.split_joint(joint, len(outputs))
     return _name_crossing(
-        name, forward_graph, backward_graph, inputs, outputs, {slot.local for slot in stage.parameters}
+        name, forward_graph, backward_graph, inputs, outputs, set(stage.tensors())
     )
 
 

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from backends.errors import UserError
+from compiled.lowering_pieces import pieces_in_place
 from compiled.lowering_products import any_weight, give_to_onednn
 from compiled.regions import RunFunction
 from compiled.spec import float32_library
@@ -190,12 +191,13 @@ def _lower_cpu(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None
 def _lower_cuda(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
     from torch._inductor import standalone_compile
 
-    compiled: Any = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
-    # One run lets every kernel choose among its launch configurations; compiled again (from the cache, in no time),
-    # the bundle holds the choices too, and a training run neither tries them anew nor may choose differently.
-    compiled(*(_example(tensor) for tensor in inputs))
-    torch.cuda.synchronize()
-    compiled = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
+    with pieces_in_place():
+        compiled: Any = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
+        # One run lets every kernel choose among its launch configurations; compiled again (from the cache, in no time),
+        # the bundle holds the choices too, and a training run neither tries them anew nor may choose differently.
+        compiled(*(_example(tensor) for tensor in inputs))
+        torch.cuda.synchronize()
+        compiled = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
     compiled.save(path=str(path), format="binary")
 
 

@@ -215,7 +215,7 @@ class CompiledProgram:
             outputs = run(block["forward"], inputs) if kept is None else kept
             results = run(block["backward"], inputs | outputs | {"grad_output": grad})
             grad = results["grad_hidden_states"]
-            sink(index, {block["parameters"][local]: results[f"grad_{local}"] for local in block["trained"]})
+            sink(index, self.binding.gradients(block, results))
         ((embed_inputs, embedded),) = stash
         self._embed_backward(embed_inputs | (embedded or {}), grad, ends)
         sink(self.embed_group, ends)

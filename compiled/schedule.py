@@ -20,11 +20,13 @@ from compiled.capture_parts import capture_head, head_stage
 from compiled.capture_teacher import capture_teacher
 from compiled.capture_update import Optimizer
 from compiled.groups import add_updates, lookup_rows
+from compiled.joining import join
 from compiled.spec import StepSpec
 from compiled.stages import Stage, StagedModel, make_stage, slots, structure
 
 Regions = dict[str, Captured]
 PAIRS = ("cuda",)  # kinds of device that read each other's memory
+JOINS = ("cuda",)  # kinds on which one product of several layers is the faster
 
 
 @dataclass
@@ -83,7 +85,9 @@ def _capture_step(
     entries: dict[str, dict[str, Any]] = {}
     blocks = [make_stage(model, path) for path in names.blocks]
     for stage in blocks:
-        kind = structure(stage.module)
+        if spec.device["kind"] in JOINS and not spec.target:
+            join(stage, model)
+        kind = structure(stage.module) + repr(stage.joint)
         if kind not in entries:
             entries[kind], _ = _add_stage(regions, f"block_{len(entries)}", stage, activations, sources)
         schedule.blocks.append(entries[kind] | slots(stage))

@@ -7,7 +7,7 @@ parameters, state buffers, which blocks are alike, is read off the modules.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -56,7 +56,8 @@ class Stage:
     """One part of the model with its parameters and state buffers in a fixed order.
 
     `reduce`: how the new values of a state buffer become one over microbatches and workers; buffers without one are
-    constants. `given`: buffers that the program fills in before each microbatch, all with its `first_row`.
+    constants. `given`: buffers that the program fills in before each microbatch, all with its `first_row`. `joint`: the
+    tensors that stand for several parameters, one's rows below the other's, and which (see `compiled.joining`).
     """
 
     path: str
@@ -65,6 +66,14 @@ class Stage:
     state: list[Slot]
     reduce: dict[str, str]
     given: list[str]
+    joint: dict[str, list[str]] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, list[str]]:
+        """What a region takes in place of the parameters, in their order, each with the parameters in it."""
+        first = {members[0]: joint for joint, members in self.joint.items()}
+        rest = {local for members in self.joint.values() for local in members[1:]}
+        taken = [slot.local for slot in self.parameters if slot.local not in rest]
+        return {first.get(local, local): self.joint.get(first.get(local, ""), [local]) for local in taken}
 
     def trained_parameters(self) -> dict[Slot, nn.Parameter]:
         """The parameters that need a gradient, in the stage's order."""
@@ -74,7 +83,8 @@ class Stage:
     def call(
         self, tensors: dict[str, Tensor], *inputs: Any, first_row: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The stage as a pure function: parameters and state by local name in, output and new state out."""
+        """The stage as a pure function: parameters (or joint ones) and state by local name in, output and new state
+        out."""
         given = {local: first_row for local in self.given if first_row is not None}
         with collect_state() as collected:
             output = torch.func.functional_call(self.module, tensors | given, inputs)
@@ -122,6 +132,7 @@ def slots(stage: Stage) -> dict[str, Any]:
         "state": {slot.local: slot.full for slot in stage.state},
         "reduce": stage.reduce,
         "given": stage.given,
+        "joint": stage.joint,
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from backends.joint import joint_linear
 from backends.layers import BackendAttention, BackendLinear
 from backends.precision import as_torch
 from modelzoo.dropout import make_dropout
@@ -76,6 +77,8 @@ class ZooLlamaRMSNorm(nn.Module):
 class ZooLlamaAttention(BackendAttention):
     """Causal self-attention with grouped key-value heads (arXiv 2305.13245) and rotary positions."""
 
+    same_input = ("q_proj", "k_proj", "v_proj")
+
     def __init__(self, config: ZooLlamaConfig) -> None:
         super().__init__(config.num_attention_heads, config.head_dim)
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -90,7 +93,9 @@ class ZooLlamaAttention(BackendAttention):
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache_update: CacheUpdate | None
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D]. See ZooLlamaDecoderLayer for the other arguments."""
-        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = joint_linear(self, x)
+        # v outlives the product, and as a range of its columns would keep q and k alive with it
+        q, k, v = self._heads(q), self._heads(k), self._heads(v.contiguous())
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache_update is not None:
             k, v = cache_update(k, v)
@@ -106,6 +111,8 @@ class ZooLlamaAttention(BackendAttention):
 class ZooLlamaMLP(nn.Module):
     """The gated MLP, SwiGLU in every published Llama (arXiv 2002.05202)."""
 
+    same_input = ("gate_proj", "up_proj")
+
     def __init__(self, config: ZooLlamaConfig) -> None:
         super().__init__()
         self.gate_proj = make_linear(config, config.hidden_size, config.intermediate_size, config.mlp_bias)
@@ -116,7 +123,8 @@ class ZooLlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = joint_linear(self, x)
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
