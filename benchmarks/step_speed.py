@@ -256,8 +256,7 @@ def speed(seconds: float, yardstick: Any, plan: Any) -> dict[str, float]:
     tokens = plan.spec.batch_size * plan.spec.max_seq_length
     found = {"median_ms": round(seconds * 1e3, 2), "tokens_per_s": round(tokens / seconds)}
     found |= {"tflops": round(yardstick.flops / seconds / 1e12, 3)}
-    shares = {"mfu": yardstick.utilisation(seconds), "of_floor": yardstick.of_floor(seconds)}
-    return found | {name: round(share, 4) for name, share in shares.items() if share is not None}
+    return found | {name: round(share, 4) for name, share in yardstick.shares(seconds).items()}
 
 
 if __name__ == "__main__":

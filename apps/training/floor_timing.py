@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +20,12 @@ _LEAST_SECONDS = {"cuda": 0.02, "cpu": 0.1}
 _REPEATS = (5, 50)
 _CACHE_BYTES = 2**28  # more than any device's cache: in a step, operands come from memory
 _COPIED_BYTES = {"cuda": 2**30, "cpu": 2**27}
-# PyTorch's ways to compute attention; on a CPU, for short sequences, plain products can be the fastest.
+# PyTorch's ways to compute attention, of which the fastest counts; on a GPU plain products are for what no other takes.
 _WAYS = {
     "cuda": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION),
     "cpu": (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH),
 }
+_SHARES_HEADS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)  # takes fewer key heads than query heads
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,10 @@ class Stopwatch:
         """Causal attention, heads as the projections lay them out: [batch, length, heads, head_dim]."""
         shape = (batch, heads, key_heads, length, head_dim)
         if shape not in self._known:
-            q, k, v = (
-                self._random(batch, length, each, head_dim).transpose(1, 2).requires_grad_()
-                for each in (heads, key_heads, key_heads)
-            )
-            found = [self._attention_by(way, q, k, v) for way in _WAYS[self.device.type]]
-            times = [each for each in found if each is not None]
-            if not times:
-                raise RuntimeError(f"No kernel of PyTorch's computes attention of shape {shape} in {self.dtype}.")
-            self._known[shape] = min(times, key=lambda each: each.forward + each.backward)
+            found = [self._attention_by(way, *shape) for way in _WAYS[self.device.type]]
+            if not any(found):
+                found = [self._attention_by(SDPBackend.MATH, *shape)]
+            self._known[shape] = min(filter(None, found), key=lambda each: each.forward + each.backward)
         return self._known[shape]
 
     @cached_property
@@ -98,13 +95,20 @@ class Stopwatch:
         torch.cuda.synchronize(self.device)
         return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
 
-    def _attention_by(self, way: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Times | None:
+    def _attention_by(
+        self, way: SDPBackend, batch: int, heads: int, key_heads: int, length: int, head_dim: int
+    ) -> Times | None:
         """None where this way does not take these shapes or this dtype."""
+        kept = key_heads if way in _SHARES_HEADS else heads  # others get the keys of each head in a tensor of its own
+        q, k, v = (
+            self._random(batch, length, each, head_dim).transpose(1, 2).requires_grad_() for each in (heads, kept, kept)
+        )
 
         def forward() -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kept != heads)
 
-        with sdpa_kernel(way):
+        with sdpa_kernel(way), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # why a way is none
             try:
                 out = forward()
             except torch.OutOfMemoryError:

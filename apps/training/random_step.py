@@ -23,8 +23,8 @@ def random_batch(plan: StepPlan, device: torch.device) -> dict[str, Tensor]:
     batch = {"input_ids": ids, "labels": labels, "grad_scale": scale}
     if plan.spec.article_attention:
         # each token opens an article with the chance that gives their mean length
-        opens = torch.rand(shape, device=device) < 1 / ARTICLE_TOKENS
-        batch["article_ids"] = 1 + opens.cumsum(1, dtype=torch.int32)
+        opens = torch.rand(shape) < 1 / ARTICLE_TOKENS
+        batch["article_ids"] = (1 + opens.cumsum(1, dtype=torch.int32)).to(device)
     return batch
 
 

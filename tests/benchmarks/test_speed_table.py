@@ -5,13 +5,18 @@ from pathlib import Path
 import pytest
 
 from apps.training.config import parse
+from apps.training.step_plan import plan_step
 from benchmarks import speed_table
-from benchmarks.speed_table import HEADING, ROWS, chosen, chosen_peers, measured, table_lines
+from benchmarks.speed_table import HEADING, ROOT, ROWS, chosen, chosen_peers, measured, table_lines
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_the_settings_of_every_row_exist(name: str) -> None:
-    assert parse(["command=compile", *ROWS[name].settings.split()]).command == "compile"
+def test_every_row_is_a_step_that_can_be_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    plan = plan_step(parse(["command=compile", "compile.arch=cpu", *ROWS[name].settings.split()]))
+    assert f"{plan.spec.batch_size}×{plan.spec.max_seq_length}" in ROWS[name].title or name == "cpu-bfloat16"
+    assert plan.precision.parameters == ("float32" if name == "cpu" else "bfloat16")
+    assert plan.precision.master == ("float32" if name.endswith("masters") else "none")
 
 
 def test_rows_are_those_asked_for_or_those_of_the_device(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,7 @@ class RunReports:
         self.tokens += record.num_tokens
         self._tell_evaluations()
         values = step_values(record, self.tokens, self.rows_per_step)
+        values |= self.outcome.efficiency.shares(record.seconds) if record.seconds > 0 else {}
         measured = self.statistics.values_of(record.step) if self.statistics else {}
         self._offer(Report(record.step, values | measured, importance=int(bool(measured))))
         for complaint in self._complaints():

@@ -69,10 +69,15 @@ class Efficiency:
         """The floor's share of a step's time: 1 is a step that nobody can beat."""
         return None if self.floor is None else self.floor / seconds
 
+    def shares(self, seconds: float) -> dict[str, float]:
+        """`mfu` and `of_floor`, as far as they are known."""
+        shares = {"mfu": self.utilisation(seconds), "of_floor": self.of_floor(seconds)}
+        return {name: share for name, share in shares.items() if share is not None}
+
     def fields(self, seconds: float) -> dict[str, str]:
-        """For the progress line: what is known of MFU and floor."""
-        shares = {"MFU": self.utilisation(seconds), "of floor": self.of_floor(seconds)}
-        return {name: f"{share:.1%}" for name, share in shares.items() if share is not None}
+        """The same, spelled for the progress line."""
+        spelled = {"mfu": "MFU", "of_floor": "of floor"}
+        return {spelled[name]: f"{share:.1%}" for name, share in self.shares(seconds).items()}
 
     def line(self, seconds: float) -> str:
         """What a run with steps of so many seconds came to. Says what is left out, and why."""
