@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from apps.profiling.names import COLLECTIVES, REGION, STEP
@@ -51,15 +50,18 @@ def record(step: Callable[[], object], steps: int, device: torch.device, trace: 
 
 def label(program: CompiledProgram) -> None:
     """Let each region, and what passes between workers, appear in traces by its name."""
-    run = program.binding.run
-
-    def run_labelled(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with record_function(REGION + name):
-            return run(name, tensors)
-
-    program.binding.run = run_labelled  # type: ignore[method-assign]
+    for name, region in program.binding.regions.items():
+        region.run = _labelled(REGION + name, region.run)
     if not program.reducer.is_alone:
         program.reducer = program.updater.reducer = LabelledReducer(program.reducer)
+
+
+def _labelled(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def labelled(*arguments: Any, **options: Any) -> Any:
+        with record_function(name):
+            return function(*arguments, **options)
+
+    return labelled
 
 
 class LabelledReducer:
@@ -70,14 +72,8 @@ class LabelledReducer:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._reducer, name)
-        if name not in ("expect_rows", "start", "sum_", "max_", "publish", "settle"):
-            return found
-
-        def labelled(*arguments: Any, **options: Any) -> Any:
-            with record_function(COLLECTIVES):
-                return found(*arguments, **options)
-
-        return labelled
+        communicates = name in ("expect_rows", "start", "sum_", "max_", "publish", "settle")
+        return _labelled(COLLECTIVES, found) if communicates else found
 
     def finished(self, **options: Any) -> Iterator[Any]:
         """Labelled while it is asked for the next group; what is done with a group is not the reducer's."""
