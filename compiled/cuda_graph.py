@@ -1,11 +1,13 @@
 """The whole step as one CUDA graph: the device replays it without waiting for Python between its kernels.
 
 Small models need it (clm-60m's kernels are shorter than their launches), large ones gain a little. The first step of
-each kind runs kernel by kernel, which sets up the libraries' workspaces; the second is recorded; all later ones are
-replays.
+each kind runs kernel by kernel, which sets up the libraries' workspaces; the next ones are recorded; all later ones are
+replays. Two recordings take turns: launching one that still runs waits for its end, and holds the driver meanwhile, so
+that neither the next step's data nor a checkpoint's copies get through.
 """
 
 import gc
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from compiled.measuring import Mode
 from compiled.phases import Mark
 from compiled.program import CompiledProgram
 from compiled.step_result import StepResult
+
+IN_TURN = 2
 
 
 @dataclass
@@ -38,8 +42,8 @@ class GraphedProgram(CompiledProgram):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         # by number of microbatches, whether gradients are clipped by norm, the value they are clipped by, and what is
-        # measured; None: ran once, recorded next
-        self._records: dict[tuple[int, bool, float | None, Mode], _Recorded | None] = {}
+        # measured; the next one to be replayed stands last
+        self._records: dict[tuple[int, bool, float | None, Mode], deque[_Recorded]] = {}
         self._pool = torch.cuda.graph_pool_handle()  # recordings share their memory: one replays at a time
 
     def train_step(
@@ -49,13 +53,16 @@ class GraphedProgram(CompiledProgram):
         max_grad_norm: float | Tensor | None,
         max_grad_value: float | None = None,
     ) -> StepResult:
-        """As `CompiledProgram.train_step`; each number of microbatches, clipped or not, has a recording of its own."""
+        """As `CompiledProgram.train_step`; each number of microbatches, clipped or not, has recordings of its own."""
         kind = (len(microbatches), max_grad_norm is None, max_grad_value, self.measuring.mode)
         if kind not in self._records:
-            self._records[kind] = None
+            self._records[kind] = deque()
             return super().train_step(microbatches, hyperparameters, max_grad_norm, max_grad_value)
-        record = self._records[kind] or self._record(microbatches, hyperparameters, max_grad_norm, max_grad_value)
-        self._records[kind] = record
+        records = self._records[kind]
+        if len(records) < IN_TURN:
+            records.append(self._record(microbatches, hyperparameters, max_grad_norm, max_grad_value))
+        record = records.pop()
+        records.appendleft(record)
         for static, given in zip(record.microbatches, microbatches, strict=True):
             for name, tensor in static.items():
                 tensor.copy_(given[name], non_blocking=True)
