@@ -109,9 +109,7 @@ def capture_stage(
         return capture_function(f"{name}_forward", forward, inputs, outputs), None
     joint = lowering.trace_joint(forward, list(inputs.values()))
     forward_graph, backward_graph = lowering.split_joint(joint, len(outputs))
-    return _name_crossing(
-        name, forward_graph, backward_graph, inputs, outputs, set(stage.tensors())
-    )
+    return _name_crossing(name, forward_graph, backward_graph, inputs, outputs, set(stage.tensors()))
 
 
 _VIEWS = {

@@ -18,11 +18,9 @@ from torch import nn
 from apps.training.floor_timing import Stopwatch, Times
 from apps.training.parameter_groups import state_elements
 from apps.training.step_plan import StepPlan
+from backends.joint import layers_of_one_input
 from backends.layers import BackendAttention, BackendLinear
 from backends.precision import BITS, as_torch
-
-# Linear layers of one module that read the same input.
-_SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Clock(Protocol):
@@ -114,13 +112,13 @@ def floor_of(plan: StepPlan, clock: Clock, device: str) -> Floor:
 
 def products_of(part: nn.Module) -> Iterator[Product]:
     """The products of the linear layers in a part of a model; those that share their input are one."""
+    # what a backend allows, or a layer stores, is not asked: a dense step would join them
+    joint = {id(layer): id(module) for module in part.modules() for layer in layers_of_one_input(module)}
     joined: dict[Any, list[BackendLinear]] = {}
-    for name, layer in part.named_modules():
+    for layer in part.modules():
         if isinstance(layer, BackendLinear):
-            parent, _, last = name.rpartition(".")
-            group = next((names for names in _SHARING if last in names), last)
-            # a layer that stores other matrices is as many products as it has matrices
-            key = name if layer.stored is not None else (parent, group, _trained(layer.weight))
+            alone = layer.stored is not None or id(layer) not in joint
+            key = id(layer) if alone else (joint[id(layer)], _trained(layer.weight))
             joined.setdefault(key, []).append(layer)
     for layers in joined.values():
         first = layers[0]
