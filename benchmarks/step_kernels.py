@@ -1,14 +1,12 @@
 """The step's memory-bound kernels on one GPU, beside what Inductor makes of the plain operators they stand for.
 
-    python benchmarks/step_kernels.py [time|tiles|head ...]
+    python benchmarks/step_kernels.py [time|tiles|TinyLlama|clm-60m|Llama-2-7B ...]
 
 `time`: microseconds and the share of the bandwidth of a copy, from replays of a CUDA graph. A row's bytes are what has
 to be read and written at least; inputs come from as many places as the L2 cache cannot hold. `tiles`: the kernels for
-several launch configurations, which is how those in `backends/kernels` were chosen. `head`: a whole chunk of the head,
-compiled as in an artifact, with either way to its loss: milliseconds, and the peak of memory beyond its inputs.
+several launch configurations, which is how those in `backends/kernels` were chosen.
 """
 
-import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,28 +20,45 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from backends.kernels import cross_entropy  # noqa: E402
+from backends.kernels import cross_entropy, rms_norm  # noqa: E402
+from modelzoo.rotary import rotate  # noqa: E402
 
 L2 = 2**26
 Run = Callable[..., Any]
 
 
+Call = tuple[Run, list[Tensor]]  # what is timed, and what it is given
+
+
 @dataclass
 class Case:
-    """`ours` and `plain` take the inputs; `plain` is traced and compiled. `moved`: bytes read and written at least."""
+    """`moved`: bytes read and written at least."""
 
     name: str
-    inputs: list[Tensor]
     moved: int
-    ours: Run
-    plain: Run
+    ours: Call
+    plain: Call
 
 
-def heads() -> Iterator[tuple[str, int, int, int]]:
-    """Model, tokens of a chunk, width, vocabulary."""
-    yield "TinyLlama", 8192, 2048, 32000
-    yield "clm-60m", 4096, 384, 49152
-    yield "Llama-2-7B", 8192, 4096, 32000
+@dataclass
+class Shape:
+    """Tokens of a step and of a chunk of its head, and the model's sizes."""
+
+    model: str
+    batch: int
+    length: int
+    chunk: int
+    width: int
+    heads: int
+    head_dim: int
+    vocabulary: int
+
+
+SHAPES = [
+    Shape("TinyLlama", 8, 2048, 8192, 2048, 32, 64, 32000),
+    Shape("clm-60m", 16, 2048, 4096, 384, 6, 64, 49152),
+    Shape("Llama-2-7B", 4, 4096, 8192, 4096, 32, 128, 32000),
+]
 
 
 def head_inputs(rows: int, vocabulary: int) -> list[Tensor]:
@@ -52,62 +67,152 @@ def head_inputs(rows: int, vocabulary: int) -> list[Tensor]:
     return [logits, labels, torch.full((rows,), 1 / rows, device="cuda")]
 
 
-def plain_loss(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The way of a device without a kernel."""
+def plainly(function: Run) -> Run:
+    """The same without kernels of ours, as it is on other devices."""
+
+    def run(*tensors: Any) -> Any:
+        known = cross_entropy.takes_kernels, rms_norm.takes_kernels
+        cross_entropy.takes_kernels = rms_norm.takes_kernels = lambda _: False
+        try:
+            return function(*tensors)
+        finally:
+            cross_entropy.takes_kernels, rms_norm.takes_kernels = known
+
+    return run
+
+
+def loss(logits: Tensor, labels: Tensor, grad_scale: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     from compiled.objective import loss_and_gradient
 
-    known, cross_entropy.has_kernel = cross_entropy.has_kernel, lambda *_: False
-    try:
-        return loss_and_gradient(logits, torch.float32, labels, grad_scale, {})
-    finally:
-        cross_entropy.has_kernel = known
+    return loss_and_gradient(logits, dtype, labels, grad_scale, {})
 
 
-def loss_in_place(tile: int, warps: int) -> Run:
+def loss_in_place(tile: int, warps: int, stages: int) -> Run:
     """The kernel alone, as it runs in the head: over the logits themselves."""
 
     def run(logits: Tensor, labels: Tensor, grad_scale: Tensor) -> None:
         entropies = torch.empty_like(grad_scale)
         cross_entropy.triton_cross_entropy.compiled_kernel()[(len(logits),)](
             logits, labels, grad_scale, grad_scale, grad_scale, entropies, entropies, logits.shape[1],
-            tile, False, False, num_warps=warps,
+            tile, stages, False, False, num_warps=warps,
         )  # fmt: skip
 
     return run
 
 
-def cases() -> Iterator[Case]:
-    for model, rows, _, vocabulary in heads():
-        inputs = head_inputs(rows, vocabulary)
-        ours = loss_in_place(*cross_entropy.tiles(vocabulary))
-        yield Case(f"loss {model} {rows}x{vocabulary}", inputs, 2 * inputs[0].nbytes, ours, plain_loss)
+def norm_of_sum(x: Tensor, delta: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's second norm: the residual stream, and the same normalised."""
+    total = x + delta
+    return total, rms_norm.rms_norm(total, weight, 1e-5, torch.float32, x.dtype)
 
 
-def variants() -> Iterator[tuple[str, Case]]:
-    """Launch configurations by name, each as the `ours` of a case."""
-    for model, rows, _, vocabulary in heads():
-        inputs = head_inputs(rows, vocabulary)
-        for tile, warps in [(4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)]:
-            case = Case(
-                f"loss {model} {rows}x{vocabulary}",
-                inputs,
-                2 * inputs[0].nbytes,
-                loss_in_place(tile, warps),
-                plain_loss,
-            )
-            yield f"tile {tile}, {warps} warps", case
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor]:
+    """Queries [B, S, heads · head_dim] as they come from their projection."""
+    return (rotate(x.unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2), cos, sin),)
+
+
+def rotated_by_autograd(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor]:
+    heads = x.unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
+    half = heads.shape[-1] // 2
+    turned = torch.cat((-heads[..., half:], heads[..., :half]), -1)
+    return (heads * cos.unsqueeze(-3) + turned * sin.unsqueeze(-3),)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def cases(folder: Path) -> Iterator[Case]:
+    for each in SHAPES:
+        inputs = head_inputs(each.chunk, each.vocabulary)
+        ours, plain = loss_in_place(*cross_entropy.tiles(each.vocabulary)), compiled(plainly(loss), inputs, folder)
+        yield Case(f"{each.model} loss", 2 * inputs[0].nbytes, (ours, inputs), (plain, inputs))
+        x = normal(each.batch, each.length, each.width)
+        ours, plain = (split(way(norm_of_sum), [x, x, x[0, 0]], folder, 3) for way in (lambda one: one, plainly))
+        yield Case(f"{each.model} norm of a sum", 4 * x.nbytes, ours[0], plain[0])
+        yield Case(f"{each.model} norm backward", 4 * x.nbytes, ours[1], plain[1])
+        x = normal(each.batch, each.length, each.heads * each.head_dim)
+        cos, sin = normal(each.length, each.head_dim), normal(each.length, each.head_dim)
+        ours, plain = (split(way, [x, cos, sin], folder, 1) for way in (rotated, rotated_by_autograd))
+        yield Case(f"{each.model} rotation", 2 * x.nbytes, ours[0], plain[0])
+        yield Case(f"{each.model} rotation backward", 2 * x.nbytes, ours[1], plain[1])
+
+
+def variants() -> Iterator[tuple[str, int, Call]]:
+    """Kernels with launch configurations: name, bytes, what is timed."""
+    for each in SHAPES:
+        inputs = head_inputs(each.chunk, each.vocabulary)
+        for tile in LOSS_TILES:
+            yield f"{each.model} loss {tile}", 2 * inputs[0].nbytes, (loss_in_place(*tile), inputs)
+        x = normal(each.batch, each.length, each.width)
+        scale = torch.rand(*x.shape[:-1], 1, device="cuda")
+        for tile in NORM_TILES[each.width]:
+            yield f"{each.model} norm backward {tile}", 4 * x.nbytes, (norm_backward(tile), [x, x, x, x[0, 0], scale])
+
+
+LOSS_TILES = [  # logits, warps, pipeline stages
+    (4096, 4, 1), (4096, 8, 1), (4096, 8, 3), (8192, 8, 1), (8192, 16, 1), (8192, 16, 2), (16384, 16, 1),
+    (16384, 32, 1),
+]  # fmt: skip
+NORM_TILES = {  # by width: rows, warps, programs at most, pipeline stages
+    384: [(1, 1, 2112, 1), (2, 4, 1056, 1), (4, 4, 528, 1), (4, 4, 1056, 1), (4, 4, 528, 2), (4, 8, 1056, 1)],
+    2048: [(1, 4, 528, 1), (1, 4, 1056, 1), (1, 8, 528, 1), (2, 8, 396, 1), (1, 4, 528, 3), (1, 8, 264, 3)],
+    4096: [(1, 8, 396, 1), (1, 8, 528, 1), (1, 16, 264, 1), (1, 8, 264, 2), (1, 8, 264, 3), (1, 16, 264, 2)],
+}  # fmt: skip
+
+
+def norm_backward(tile: tuple[int, int, int, int]) -> Run:
+    """The operator outside a graph, its sum of parts with it."""
+
+    def run(grad: Tensor, residual: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> None:
+        known, rms_norm.tiles = rms_norm.tiles, lambda _: tile
+        rms_norm._register()
+        try:
+            rms_norm.rms_norm_backward(grad, residual, x, weight, scale, trains_weight=True)
+        finally:
+            rms_norm.tiles = known
+
+    return run
 
 
 def compiled(function: Run, inputs: list[Tensor], folder: Path) -> Run:
     """`function` traced and lowered as a region of an artifact is."""
     from compiled import lowering
+
+    fakes = fakes_like(inputs)
+    with lowering.attention_context("cuda"), lowering.quiet_torch():
+        return lowered(lowering.trace(function, fakes), fakes, folder)
+
+
+def split(function: Run, inputs: list[Tensor], folder: Path, trained: int) -> tuple[Call, Call]:
+    """Forward and backward of `function` as a block's, with gradients for its first `trained` inputs."""
+    from compiled import lowering
+
+    fakes = [fake.requires_grad_(index < trained) for index, fake in enumerate(fakes_like(inputs))]
+    with lowering.quiet_torch():
+        joint = lowering.trace_joint(function, fakes)
+        graphs = lowering.split_joint(joint, len(function(*inputs)))
+        calls = []
+        for graph in graphs:
+            values = [lowering.node_value(node).detach() for node in graph.graph.nodes if node.op == "placeholder"]
+            real = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device="cuda").normal_() for v in values]
+            calls.append((lowered(graph, values, folder), real))
+    return calls[0], calls[1]
+
+
+def fakes_like(inputs: list[Tensor]) -> list[Tensor]:
+    from compiled import lowering
     from compiled.capture import Sources
 
     sources = Sources(lowering.fake_mode(), torch.device("cuda"))
-    fakes = [sources.like(tensor) for tensor in inputs]
+    return [sources.like(tensor) for tensor in inputs]
+
+
+def lowered(graph: torch.fx.GraphModule, fakes: list[Tensor], folder: Path) -> Run:
+    from compiled import lowering
+
     path = folder / f"region-{len(list(folder.iterdir()))}"
-    with lowering.attention_context("cuda"), lowering.quiet_torch():
-        lowering.lower(lowering.trace(function, fakes), fakes, "cuda", path)
+    lowering.lower(graph, fakes, "cuda", path)
     loaded = lowering.load(path, "cuda")
     return lambda *tensors: loaded(list(tensors))
 
@@ -134,76 +239,33 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / microseconds(lambda *_: target.copy_(source), [source]) * 1e6
 
 
-def relative(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
-
-
 def measure(folder: Path) -> None:
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}, a copy {bandwidth / 1e12:.2f} TB/s, torch {torch.__version__}")
-    print(f"{'':44}{'Inductor':>18}{'ours':>18}   ratio")
-    for case in cases():
-        found = [microseconds(compiled(case.plain, case.inputs, folder), case.inputs)]
-        found.append(microseconds(case.ours, case.inputs))
+    print(f"{'':34}{'plain':>18}{'ours':>18}   ratio")
+    for case in cases(folder):
+        found = [microseconds(*case.plain), microseconds(*case.ours)]
         texts = [f"{time:10.1f} us {case.moved / time * 1e6 / bandwidth:4.0%}" for time in found]
-        print(f"{case.name:44}{texts[0]:>18}{texts[1]:>18}{found[0] / found[1]:8.2f}", flush=True)
+        print(f"{case.name:34}{texts[0]:>18}{texts[1]:>18}{found[0] / found[1]:8.2f}", flush=True)
 
 
 def try_tiles(_: Path) -> None:
     bandwidth = copy_bandwidth()
-    for name, case in variants():
+    for name, moved, call in variants():
         try:
-            time = microseconds(case.ours, case.inputs)
+            time = microseconds(*call)
         except Exception as error:  # a tile that does not fit: the next one may
-            print(case.name, name, type(error).__name__, str(error)[:90], flush=True)
+            print(name, type(error).__name__, str(error)[:90], flush=True)
             continue
-        print(f"{case.name:36}{name:28}{time:10.1f} us {case.moved / time * 1e6 / bandwidth:4.0%}", flush=True)
-
-
-def head_chunk(loss: Run) -> Run:
-    """A chunk as `capture_head` has it, norm left out: loss, and the gradients of both factors of the logits."""
-
-    def run(hidden: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
-            logits = torch.nn.functional.linear(*leaves)
-            total, gradient = loss(logits, *rest)
-            return total, *torch.autograd.grad(logits, leaves, gradient)
-
-    return run
-
-
-def measure_head(folder: Path) -> None:
-    from compiled.objective import loss_and_gradient
-
-    ways = {"plain": plain_loss, "kernel": lambda x, *rest: loss_and_gradient(x, torch.float32, *rest, {})}
-    shapes = [*heads(), ("odd", 999, 256, 50257)]
-    for (model, rows, width, vocabulary), (way, loss) in itertools.product(shapes, ways.items()):
-        torch.manual_seed(0)
-        inputs = [torch.randn(n, width, device="cuda", dtype=torch.bfloat16) for n in (rows, vocabulary)]
-        inputs += head_inputs(rows, vocabulary)[1:]
-        run = compiled(head_chunk(loss), inputs, folder)
-        results = run(*inputs)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        results = [each.clone() for each in run(*inputs)]
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        time = microseconds(run, inputs) / 1e3
-        wide = [each.double() if each.is_floating_point() else each for each in (each[:99] for each in inputs)]
-        wide[1] = inputs[1].double()
-        exact = head_chunk(lambda x, *rest: loss_and_gradient(x, torch.float64, *rest, {}))(*wide)[1]
-        error = relative(results[1][:99], exact)
-        print(
-            f"{model:12}{rows}x{width}x{vocabulary} {way:8}{time:8.3f} ms, peak {peak:6.0f} MiB, "
-            f"loss {results[0].item():.6f}, error of its gradient {error:.1e}",
-            flush=True,
-        )
+        print(f"{name:48}{time:10.1f} us {moved / time * 1e6 / bandwidth:4.0%}", flush=True)
 
 
 def main() -> None:
-    parts = {"time": measure, "tiles": try_tiles, "head": measure_head}
+    parts = {"time": measure, "tiles": try_tiles}
+    if models := [each for each in SHAPES if each.model in sys.argv[1:]]:
+        SHAPES[:] = models
     with tempfile.TemporaryDirectory() as folder:
-        for name in sys.argv[1:] or ["time"]:
+        for name in [each for each in sys.argv[1:] if each in parts] or ["time"]:
             parts[name](Path(folder))
 
 

@@ -22,9 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from backends.errors import UserError
+from backends.kernels.in_capture import kernels_in_capture
 from compiled.lowering_pieces import pieces_in_place
 from compiled.lowering_products import any_weight, give_to_onednn
 from compiled.regions import RunFunction
+from compiled.residual_gradients import join_residual_gradients
 from compiled.spec import float32_library
 
 
@@ -50,12 +52,14 @@ def trace_joint(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Te
 
     # An operator made of Triton kernels stays one operator until it is lowered: the graph says what it computes, and
     # does not hold kernels by numbers that count up within a process.
-    with config.patch(decompose_custom_triton_ops=False):
+    with config.patch(decompose_custom_triton_ops=False), kernels_in_capture():
         # Decomposed as Inductor will anyway: the partitioner knows which of these operators are cheap to recompute.
         joint: Any = aot_export_joint_simple(
             function, tuple(inputs), trace_joint=True, decompositions=select_decomp_table()
         )
-    return _without_assertions(joint[0] if isinstance(joint, tuple) else joint)
+    graph = _without_assertions(joint[0] if isinstance(joint, tuple) else joint)
+    join_residual_gradients(graph)
+    return graph
 
 
 def _without_assertions(graph: GraphModule) -> GraphModule:
@@ -80,7 +84,8 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor])
     """A function that may write its inputs in place or call `autograd.grad` inside, as one graph of aten operators."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    graph = _without_assertions(make_fx(function, tracing_mode="fake")(*inputs))
+    with kernels_in_capture():
+        graph = _without_assertions(make_fx(function, tracing_mode="fake")(*inputs))
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from backends.joint import joint_linear
+from backends.kernels.rms_norm import rms_norm
 from backends.layers import BackendAttention, BackendLinear
 from backends.precision import as_torch
 from modelzoo.dropout import make_dropout
@@ -65,10 +66,7 @@ class ZooLlamaRMSNorm(nn.Module):
         """[..., D] in any dtype -> [..., D] in the compute dtype."""
         norm_dtype = self.norm_dtype or torch.promote_types(self.weight.dtype, torch.float32)
         compute_dtype = self.compute_dtype or self.weight.dtype
-        hidden_states = hidden_states.to(norm_dtype)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight.to(compute_dtype) * hidden_states.to(compute_dtype)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, norm_dtype, compute_dtype)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"

@@ -17,13 +17,18 @@ import torch
 from torch import Tensor
 
 from backends.kernels import triton_cross_entropy
+from backends.kernels.in_capture import takes_kernels
 
 cross_entropy_kernel: Any = None  # the Triton function, once registered
 
 
 def has_kernel(logits: Tensor, computed: torch.dtype) -> bool:
     """Whether the operator takes these logits where they are meant to count as numbers of dtype `computed`."""
-    return logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16, torch.float32) and computed.itemsize <= 4
+    return (
+        takes_kernels(logits)
+        and logits.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and computed.itemsize <= 4
+    )
 
 
 def cross_entropy_and_gradient(
@@ -53,21 +58,19 @@ def cross_entropy_gradient(
     entropies = torch.empty(rows, dtype=torch.float32, device=logits.device)
     smoothed, penalised = label_smoothing is not None, z_loss is not None
     objectives = torch.empty(rows if smoothed or penalised else 0, dtype=torch.float32, device=logits.device)
-    tile, warps = tiles(vocabulary)
+    tile, warps, stages = tiles(vocabulary)
     wrap_triton(cross_entropy_kernel)[(rows,)](
         gradient, labels, grad_scale,
         grad_scale if label_smoothing is None else label_smoothing, grad_scale if z_loss is None else z_loss,
-        entropies, objectives, vocabulary, tile, smoothed, penalised, num_warps=warps,
+        entropies, objectives, vocabulary, tile, stages, smoothed, penalised, num_warps=warps,
     )  # fmt: skip
     return entropies, objectives, gradient
 
 
-def tiles(vocabulary: int) -> tuple[int, int]:
-    """Logits of a tile, and warps. Fixed by shape: a run never tries several."""
-    tile = 16384
-    while tile >= 2 * vocabulary and tile > 128:
-        tile //= 2
-    return tile, max(tile // 512, 1)
+def tiles(vocabulary: int) -> tuple[int, int, int]:
+    """Logits of a tile, warps, pipeline stages. Fixed by shape: a run never tries several."""
+    tile = min(8192, max(128, 1 << (vocabulary - 1).bit_length()))
+    return tile, max(tile // 512, 1), 1
 
 
 @functools.cache

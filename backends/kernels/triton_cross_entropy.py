@@ -17,7 +17,7 @@ tl: Any = None
 
 def cross_entropy_kernel(
     logits, labels, grad_scale, label_smoothing, z_loss, entropies, objectives,
-    VOCABULARY: tl.constexpr, TILE: tl.constexpr, SMOOTHED: tl.constexpr, PENALISED: tl.constexpr,
+    VOCABULARY: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, SMOOTHED: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
     """Grid (rows). `cross_entropy.py` has the formulas; a row of scale 0 is not read."""
     row, lanes = tl.program_id(0), tl.arange(0, TILE)
@@ -35,7 +35,7 @@ def cross_entropy_kernel(
         target = tl.load(logits + label, mask=(label >= 0) & (label < VOCABULARY), other=0.0).to(tl.float32)
         # not −∞, so that a tile of −∞ alone gives no NaN
         top, total, plain_sum = -1e30, 0.0, 0.0
-        for index in range(TILES):
+        for index in tl.range(TILES, num_stages=STAGES):
             columns = index * TILE + lanes
             inside = columns < VOCABULARY
             x = tl.load(logits + columns, mask=inside, other=-float("inf")).to(tl.float32)
@@ -56,7 +56,7 @@ def cross_entropy_kernel(
             penalty = tl.load(z_loss).to(tl.float32)
             objective += penalty * log_z * log_z
             of_softmax = scale * (1.0 + 2.0 * penalty * log_z)
-        for index in range(TILES):
+        for index in tl.range(TILES, num_stages=STAGES):
             start = (TILES - 1 - index) * TILE
             columns = start + lanes
             inside = columns < VOCABULARY

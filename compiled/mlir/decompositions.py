@@ -16,6 +16,7 @@ def decomposition_table() -> dict[Any, Callable[..., Any]]:
     table = {
         aten._unsafe_masked_index_put_accumulate.default: _accumulate_rows,
         aten.slice_scatter.default: _slice_scatter,
+        prims.rev.default: _reverse,
         aten.bitwise_xor.Scalar: _with_tensor(torch.bitwise_xor),
         aten.__lshift__.Scalar: _with_tensor(torch.bitwise_left_shift),
         aten.__rshift__.Scalar: _with_tensor(torch.bitwise_right_shift),
@@ -58,6 +59,13 @@ def _accumulate_rows(table: Tensor, mask: Tensor, indices: Sequence[Tensor], val
     numbers = torch.arange(count, dtype=rows.dtype, device=rows.device)
     hot = ((rows.unsqueeze(-1) == numbers) & mask.reshape(rows.shape).unsqueeze(-1)).to(values.dtype)
     return table + hot.reshape(-1, count).t() @ values.reshape(-1, values.shape[-1])
+
+
+def _reverse(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """x with its elements along `dims` in reverse, which hold few: the halves of a rotation."""
+    for dim in dims:
+        x = torch.cat([x.narrow(dim, index, 1) for index in reversed(range(x.shape[dim]))], dim)
+    return x
 
 
 def _slice_scatter(

@@ -62,3 +62,16 @@ def test_rows_may_have_positions_of_their_own() -> None:
     for row in (0, 1):
         alone = rotate(x[row : row + 1], *rotary_tables(config, positions[row], torch.float32))
         assert torch.equal(together[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_the_gradient_has_the_bits_of_autograds(dtype: torch.dtype, own_positions: bool) -> None:
+    positions = torch.arange(5)[None] + torch.tensor([[0], [7]]) if own_positions else torch.arange(5)
+    cos, sin = rotary_tables(llama_config(), positions, dtype)
+    x = torch.randn(2, 4, 5, 8, dtype=dtype, requires_grad=True)
+    wide_cos, wide_sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
+    expected = x * wide_cos + torch.cat((-x[..., 4:], x[..., :4]), -1) * wide_sin
+    found, grad = rotate(x, cos, sin), torch.randn(2, 4, 5, 8, dtype=dtype)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(each, x, grad)[0] for each in (found, expected)))

@@ -1,36 +1,23 @@
 """The cross-entropy kernel without a GPU: interpreted, compiled for one that is absent, and in Inductor's plan."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from backends.kernels import cross_entropy
-from benchmarks.step_kernels import compiled, head_chunk, relative
+from backends.kernels.in_capture import kernels_in_capture
+from benchmarks.head_kernel import head_chunk, relative
+from benchmarks.step_kernels import compiled, loss
 from compiled import lowering
 from compiled.objective import loss_and_gradient
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs Triton for its interpreter: pip install triton==3.7.1"
-)
+from tests.backends.kernels.interpreter import hopper_code, interpreted, needs_triton
 
 
 @needs_triton
 def test_the_interpreted_kernel_gives_the_loss_and_gradient_of_float64():
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.backends.kernels.interpreted_cross_entropy"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    lines = [json.loads(line) for line in run.stdout.splitlines()]
+    lines = interpreted("interpreted_cross_entropy")
     assert len(lines) == 11
     for case, dtype, errors in lines:
         # the interpreter cuts the lower bits of a bfloat16 off
@@ -42,22 +29,13 @@ def test_the_interpreted_kernel_gives_the_loss_and_gradient_of_float64():
 @needs_triton
 @pytest.mark.parametrize(("vocabulary", "terms"), [(49152, False), (32000, True), (50257, True)])
 def test_the_kernel_compiles_for_hopper(vocabulary: int, terms: bool) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     kernel = cross_entropy.triton_cross_entropy.compiled_kernel()
-    tile, warps = cross_entropy.tiles(vocabulary)
-    constants = {"VOCABULARY": vocabulary, "TILE": tile, "SMOOTHED": terms, "PENALISED": terms}
-    kinds = {"logits": "*bf16", "labels": "*i64"}
-    names = [parameter.name for parameter in kernel.params]
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
-    aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in constants}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    tile, warps, stages = cross_entropy.tiles(vocabulary)
+    constants = {"VOCABULARY": vocabulary, "TILE": tile, "STAGES": stages, "SMOOTHED": terms, "PENALISED": terms}
+    ptx = hopper_code(kernel, constants, {"logits": "*bf16", "labels": "*i64"}, warps)
     # an odd vocabulary has rows that do not begin at a multiple of 16 bytes
-    assert ("ld.global.v4" in code.asm["ptx"]) == (vocabulary % 8 == 0)
-    assert ("st.global.v4" in code.asm["ptx"]) == (vocabulary % 8 == 0)
+    assert ("ld.global.v4" in ptx) == (vocabulary % 8 == 0)
+    assert ("st.global.v4" in ptx) == (vocabulary % 8 == 0)
 
 
 @pytest.mark.parametrize(("has_kernel", "operators"), [(True, 1), (False, 0)])
@@ -79,8 +57,10 @@ def test_wide_logits_and_other_devices_have_no_kernel():
     assert not cross_entropy.has_kernel(torch.randn(2, 3), torch.float32)
     with lowering.fake_mode():
         on_gpu = torch.empty(2, 3, device="cuda", dtype=torch.bfloat16)
-    assert cross_entropy.has_kernel(on_gpu, torch.float32)
-    assert not cross_entropy.has_kernel(on_gpu, torch.float64)
+    assert not cross_entropy.has_kernel(on_gpu, torch.float32)  # eager code
+    with kernels_in_capture():
+        assert cross_entropy.has_kernel(on_gpu, torch.float32)
+        assert not cross_entropy.has_kernel(on_gpu, torch.float64)
 
 
 @pytest.mark.cuda
@@ -92,10 +72,8 @@ def test_a_compiled_head_gives_the_gradients_of_float64(vocabulary: int, tmp_pat
     inputs = [torch.randn(n, width, device="cuda", dtype=torch.bfloat16) for n in (rows, vocabulary)]
     labels, scale = torch.randint(0, vocabulary, (rows,), device="cuda"), torch.rand(rows, device="cuda")
     given = [*inputs, labels, scale * (torch.arange(rows, device="cuda") % 3 > 0)]
-    found = compiled(head_chunk(lambda x, *rest: loss_and_gradient(x, torch.float32, *rest, {})), given, tmp_path)(
-        *given
-    )
+    found = compiled(head_chunk(loss), given, tmp_path)(*given)
     wide = [each.double() if each.is_floating_point() else each for each in given]
-    expected = head_chunk(lambda x, *rest: loss_and_gradient(x, torch.float64, *rest, {}))(*wide)
+    expected = head_chunk(partial(loss, dtype=torch.float64))(*wide)
     for value, wanted in zip(found, expected, strict=True):
         assert relative(value, wanted) < 1e-2
