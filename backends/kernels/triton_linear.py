@@ -29,6 +29,15 @@ def higher(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
+def rounded_level(position, top_level):
+    """The level nearest to a position in the range, from 0 to 1 or beyond; 0 for NaN: add 0 · x to have NaN and ∞ show.
+
+    This clamp costs nothing, being how the addition before it ends. 1.5 · 2²³, added and subtracted, rounds to a whole
+    number, ties to even. A range of no width comes as ±∞ or NaN, and as 0 levels.
+    """
+    return (tl.minimum(tl.maximum(position, 0.0), 1.0) * top_level + 12582912.0) - 12582912.0
+
+
 def block_extremes(value, inside, BLOCK: tl.constexpr):
     """Minima and maxima of each eight neighbours, which one thread holds: nothing is exchanged."""
     infinity = float("inf")
@@ -53,7 +62,8 @@ def operand_kernel(
     low, high = tl.load(first), tl.load(last)
     known = (tl.abs(low) < infinity) & (tl.abs(high) < infinity)
     size, width = size_of(low, high), high - low
-    per_value, step, base = (LEVELS - 1) / (width + 1e-8), width / (LEVELS - 1) / size, low / size
+    slope, top_level = 1.0 / width, (LEVELS - 1) * (width / (width + 1e-8))
+    step, base = width / (LEVELS - 1) / size, low / size
     top, bottom = LUT_MIN * high / size, -LUT_MIN * tl.abs(low) / size
     nothing = 4.76837158203125e-07  # 4 · 2⁻²³: as in `quantise`, a level that is 0 on paper is not lifted
     offsets = tl.arange(0, BLOCK).to(tl.int64)
@@ -66,13 +76,10 @@ def operand_kernel(
         if OBSERVE:
             block_smallest, block_largest = block_extremes(value, inside, BLOCK)
             smallest, largest = lower(smallest, block_smallest), higher(largest, block_largest)
-        position = (tl.minimum(tl.maximum(value, low), high) - low) * per_value
-        # 1.5 · 2²³: adding and subtracting it rounds to a whole number, ties to even
-        relative = ((position + 12582912.0) - 12582912.0) * step + base
+        relative = rounded_level((value - low) * slope, top_level) * step + (base + value * 0.0)
         if LUT_MIN > 0:
             relative = tl.where((relative > nothing) & (relative < top), top, relative)
             relative = tl.where((relative < -nothing) & (relative > bottom), bottom, relative)
-        relative = tl.where(tl.abs(value) < infinity, relative, float("nan"))
         relative = tl.where(known, relative, value)
         tl.store(light + place, relative.to(light.dtype.element_ty), mask=inside)
     if OBSERVE:
@@ -93,7 +100,10 @@ def result_kernel(
     scale = size_of(tl.load(x_first), tl.load(x_last)) * size_of(tl.load(w_first), tl.load(w_last))
     low, high = tl.load(out_first), tl.load(out_last)
     known = (tl.abs(low) < infinity) & (tl.abs(high) < infinity)
-    per_value, step = (LEVELS - 1) / (high - low + 1e-8), (high - low) / (LEVELS - 1)
+    width = high - low
+    top_level, step = (LEVELS - 1) * (width / (width + 1e-8)), width / (LEVELS - 1)
+    slope, gain = scale / width, 1.0 / top_level
+    shift = -low / width - 1.5 * gain  # 1.5: random numbers come as ξ + 1.5
     number = tl.load(number)
     first = mixed(number.to(tl.uint32) ^ FIRST_WORD, (number >> 32).to(tl.uint32))
     second = mixed(first ^ SECOND_WORD, 0)
@@ -109,13 +119,9 @@ def result_kernel(
         if OBSERVE:
             block_smallest, block_largest = block_extremes(raw, inside, BLOCK)
             smallest, largest = lower(smallest, block_smallest), higher(largest, block_largest)
-        value = raw * scale
         random = random_number(index + place.to(tl.uint32), first, second)
-        position = (value - low) * per_value + (random - 1.5)
-        position = tl.minimum(tl.maximum(position, 0.0), LEVELS - 1.0)
-        result = ((position + 12582912.0) - 12582912.0) * step + low
-        result = tl.where(tl.abs(value) < infinity, result, float("nan"))
-        result = tl.where(known, result, value)
+        result = rounded_level(raw * slope + (random * gain + shift), top_level) * step + (low + raw * 0.0)
+        result = tl.where(known, result, raw * scale)
         if BIAS:
             column = (start % COLUMNS + offsets).to(tl.int32) % COLUMNS
             if COLUMNS % 8 == 0:
@@ -132,4 +138,6 @@ def result_kernel(
 def compile_kernels() -> None:
     """Make this file's functions, and those they call, Triton functions."""
     globals().update(vars(triton_quantiser.compiled_functions()))
-    compile_in_place(globals(), lower, higher, block_extremes, store_extremes, operand_kernel, result_kernel)
+    compile_in_place(
+        globals(), lower, higher, rounded_level, block_extremes, store_extremes, operand_kernel, result_kernel
+    )

@@ -47,6 +47,7 @@ CASES = {
     "ranges unknown": Case((6, 33), 20, bias=True, ranges=UNKNOWN),
     "only out known": Case((6, 33), 20, ranges=(*UNKNOWN[:4], *KNOWN[4:])),
     "range of nothing": Case((6, 33), 20, ranges=(0.0, 0.0, *KNOWN[2:])),
+    "narrow ranges": Case((6, 33), 20, ranges=(-2e-5, 3e-5, *KNOWN[2:4], -4e-5, 3e-5)),
     "NaN": Case((6, 33), 20, broken=math.nan),
     "infinity": Case((6, 33), 20, broken=-math.inf),
 }

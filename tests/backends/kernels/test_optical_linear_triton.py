@@ -31,10 +31,12 @@ def test_interpreted_kernels_compute_what_plain_torch_does() -> None:
     )
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
-    assert len(lines) == 13
+    assert len(lines) == 14
+    # The interpreter's bfloat16 is cut off: a unit of its last place is up to 0.8 levels here. Where the 1e-8 that is
+    # added to a width counts, a value above the range is dithered by the twin and is the top level in the kernel.
+    allowed = {"bfloat16": 0.8, "narrow ranges": 1.0}
     for case, errors in lines:
-        # the interpreter's bfloat16 is cut off: a unit of its last place, up to 0.8 levels here
-        assert errors["largest error in levels"] <= (0.8 if case == "bfloat16" else 0.01), (case, errors)
+        assert errors["largest error in levels"] <= allowed.get(case, 0.01), (case, errors)
         assert errors["ranges"] == 0.0, (case, errors)
         assert errors["other elements are no numbers"] == 0, (case, errors)
         assert errors.get("error against float64 as a part of its bound", 0.0) <= 1.0, (case, errors)
