@@ -60,6 +60,7 @@ def trained(step: Compiled, monkeypatch: pytest.MonkeyPatch, **clipping: float) 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_update_adds_to_the_same_bits(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    monkeypatch.setattr("compiled.schedule.JOINS", ("cpu",))  # as on a GPU: gradients are rows of joint ones
     plan = plan_of(f"model.dtype={dtype}", "optimizer.master_weights=none")
     sums, none_paired = trained(Compiled(plan, InterpretedArtifact(plan), []), monkeypatch)
     monkeypatch.setattr("compiled.schedule.PAIRS", ("cpu",))
