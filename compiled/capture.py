@@ -108,7 +108,7 @@ def capture_stage(
     if not any(tensor.requires_grad for tensor in inputs.values()):
         return capture_function(f"{name}_forward", forward, inputs, outputs), None
     joint = lowering.trace_joint(forward, list(inputs.values()))
-    forward_graph, backward_graph = lowering.split_joint(joint, len(outputs))
+    forward_graph, backward_graph = lowering.split_joint(joint, len(outputs), len(stage.tensors()))
     return _name_crossing(name, forward_graph, backward_graph, inputs, outputs, set(stage.tensors()))
 
 

@@ -37,7 +37,7 @@ def _node_flops(node: Node) -> int:
         argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)
     } | node.kwargs
     name = schema.name.removeprefix("aten::")
-    if name in ("mm", "bmm", "addmm", "baddbmm"):
+    if name in ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm"):
         left, right = (
             ("mat1", "mat2") if name == "addmm" else ("batch1", "batch2") if name == "baddbmm" else ("self", "mat2")
         )

@@ -24,9 +24,10 @@ from torch.fx import GraphModule, Node
 from backends.errors import UserError
 from backends.kernels.in_capture import kernels_in_capture
 from compiled.lowering_pieces import pieces_in_place
-from compiled.lowering_products import any_weight, give_to_onednn
+from compiled.lowering_products import any_weight, give_to_onednn, store_fp8_operands_once
 from compiled.regions import RunFunction
 from compiled.residual_gradients import join_residual_gradients
+from compiled.rounded_weights import round_weights_again
 from compiled.spec import float32_library
 
 
@@ -71,12 +72,16 @@ def _without_assertions(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def split_joint(joint: GraphModule, num_outputs: int) -> tuple[GraphModule, GraphModule]:
-    """Min-cut the joint graph into forward and backward so that few and small activations cross between them."""
+def split_joint(joint: GraphModule, num_outputs: int, num_parameters: int = 0) -> tuple[GraphModule, GraphModule]:
+    """Min-cut the joint graph into forward and backward so that few and small activations cross between them.
+
+    The first `num_parameters` inputs are the stage's parameters.
+    """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
     joint_graph_passes(joint)
+    round_weights_again(joint, num_parameters)
     return min_cut_rematerialization_partition(joint, None, compiler="inductor", num_fwd_outputs=num_outputs)
 
 
@@ -196,6 +201,7 @@ def _lower_cpu(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None
 def _lower_cuda(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
     from torch._inductor import standalone_compile
 
+    store_fp8_operands_once()
     with pieces_in_place():
         compiled: Any = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
         # One run lets every kernel choose among its launch configurations; compiled again (from the cache, in no time),
@@ -209,7 +215,8 @@ def _lower_cuda(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> Non
 def _example(fake: Tensor) -> Tensor:
     """Real data of a fake tensor's shape, stride and dtype: noise, or zeros, which are valid as an index."""
     real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
-    return real.normal_() if real.is_floating_point() else real.zero_()
+    # by way of float32: 8-bit floats are not drawn
+    return real.copy_(torch.randn(fake.shape, device=fake.device)) if real.is_floating_point() else real.zero_()
 
 
 def load(path: Path, device_type: str) -> RunFunction:

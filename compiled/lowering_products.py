@@ -95,3 +95,10 @@ def any_weight() -> Iterator[None]:
         yield
     finally:
         lowerings[_LINEAR] = before
+
+
+def store_fp8_operands_once() -> None:
+    """Let Inductor store an operand of several fp8 products once, as it does for products of other dtypes."""
+    from torch._inductor.lowering import add_needs_realized_inputs
+
+    add_needs_realized_inputs(torch.ops.aten._scaled_mm.default)

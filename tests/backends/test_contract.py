@@ -72,7 +72,7 @@ def test_attention_with_grouped_heads_has_the_shape_and_dtype_of_q(attention_bac
 # ---- gradients -------------------------------------------------------------------------------------------------
 
 
-def test_linear_gradients_are_exact_or_straight_through_as_stated(linear_backend):
+def test_linear_gradients_are_exact_straight_through_or_rounded_as_stated(linear_backend):
     x, weight, bias = linear_operands(linear_backend, torch.float64)
     state = tensors(linear_backend.linear_state(IN, OUT))
     named = {"x": x, **(weight if isinstance(weight, dict) else {"weight": weight, "bias": bias})}
@@ -90,6 +90,10 @@ def test_linear_gradients_are_exact_or_straight_through_as_stated(linear_backend
     upstream = torch.linspace(-1, 1, 3 * OUT, dtype=torch.float64).view(3, OUT)
     got = torch.autograd.grad(compute(*leaves.values()), tuple(leaves.values()), upstream)
     plain = torch.autograd.grad(F.linear(*leaves.values()), tuple(leaves.values()), upstream)
+    if linear_backend.gradient == "rounded":
+        for mine, expected in zip(got, plain, strict=True):
+            assert (mine - expected).norm() < 0.1 * expected.norm()
+        return
     torch.testing.assert_close(got, plain, rtol=1e-12, atol=1e-12)
 
 

@@ -72,7 +72,7 @@ def test_each_shipped_file_says_what_it_is_and_names_options_that_exist(name: st
     file = read_rules(name)
     for rule in (*file.rules, *([file.default] if isinstance(file.default, dict) else [])):
         options = {key: value for key, value in rule.items() if key not in ("match", "use", "syntax", "only", "origin")}
-        assert backends.load(rule["use"], **options).name in ("optical", "dense")
+        assert backends.load(rule["use"], **options).name in ("optical", "fp8", "dense")
 
 
 def test_the_shipped_yaml_and_toml_hold_the_same_options_as_the_backends_defaults() -> None:

@@ -29,6 +29,15 @@ def test_a_matrix_product_is_2mkn(m: int, k: int, n: int) -> None:
     assert ours == theirs == 2 * m * k * n
 
 
+def test_a_product_of_fp8_operands_is_2mkn() -> None:
+    def product(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return (torch._scaled_mm(a, b.t(), scale, scale, out_dtype=torch.bfloat16),)
+
+    a, b = (torch.ones(rows, 32).to(torch.float8_e4m3fn) for rows in (16, 48))
+    ours, theirs = counted(product, a, b, torch.ones(()))
+    assert ours == theirs == 2 * 16 * 32 * 48
+
+
 @given(SIZES, SIZES, SIZES, SIZES)
 def test_batched_and_biased_products_are_counted_as_torch_counts_them(b: int, m: int, k: int, n: int) -> None:
     def products(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
