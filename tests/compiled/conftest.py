@@ -1,16 +1,20 @@
 """One small compiled step for the whole room: compiling takes seconds, so tests share artifacts and copy models."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.fx import GraphModule
 
 import modelzoo
 from apps.training.config import parse
@@ -18,10 +22,14 @@ from apps.training.hyperparameters import hyperparameter_table
 from apps.training.step_plan import StepPlan, plan_step
 from backends.precision import as_torch, at_least_float32
 from backends.routing import route
+from compiled import lowering
 from compiled.artifact import Artifact, open_artifact
 from compiled.build import build
+from compiled.capture import Captured
 from compiled.mlir.lowering import MlirOptions
 from compiled.program import CompiledProgram
+from compiled.regions import RegionSpec, TensorSpec
+from compiled.spec import float32_library
 from tests.compiled.step_worker import add_random_updates
 
 
@@ -94,6 +102,30 @@ class Compiled:
 Compile = Callable[..., Compiled]
 
 
+@contextlib.contextmanager
+def lowering_once(folder: Path) -> Iterator[None]:
+    """Inside, a CPU region is copied from `folder` where an equal one was lowered before: equal as in a step, which
+    lowers equal blocks once."""
+    lower = lowering.lower
+
+    def lower_or_copy(graph: GraphModule, inputs: list[Tensor], device_type: str, path: Path, debug: None) -> int:
+        if device_type != "cpu":
+            return lower(graph, inputs, device_type, path, debug)
+        specs = [TensorSpec.of("", tensor) for tensor in inputs]
+        kept = folder / f"{Captured(graph, inputs, RegionSpec('', specs, [])).identity}-{float32_library()}.region"
+        with FileLock(f"{kept}.lock"):
+            if not kept.exists():
+                kernels = lower(graph, inputs, device_type, path, debug)
+                kept.with_suffix(".kernels").write_text(str(kernels))
+                shutil.copy(path, kept.with_suffix(".part"))
+                kept.with_suffix(".part").rename(kept)
+        shutil.copy(kept, path)
+        return int(kept.with_suffix(".kernels").read_text())
+
+    with mock.patch.object(lowering, "lower", lower_or_copy):
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes a small Llama config.json; keyword arguments change fields."""
@@ -133,13 +165,18 @@ def plan_of(tiny_config: Callable[..., Path]) -> Callable[..., StepPlan]:
 
 @pytest.fixture(scope="session")
 def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Compiles a small step once per session and setting, also where several workers run the tests."""
+    """Compiles a small step once per session and setting, also where several workers run the tests.
+
+    `anew`: takes no machine code from other steps.
+    """
     made: dict[str, Compiled] = {}
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def compile_once(*settings: str, rules: tuple[dict[str, Any], ...] = (), **fields: Any) -> Compiled:
-        key = repr((settings, rules, fields))
+    def compile_once(
+        *settings: str, rules: tuple[dict[str, Any], ...] = (), anew: bool = False, **fields: Any
+    ) -> Compiled:
+        key = repr((settings, rules, anew, fields))
         if key not in made:
             written = ", ".join("{" + ", ".join(f"{k}: {v!r}" for k, v in rule.items()) + "}" for rule in rules)
             plan = plan_of(*settings, f"backend.rules=[{written}]", **fields)
@@ -153,7 +190,8 @@ def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.Temp
                     # In this process, where Inductor is set up once for all tests; forks would do it for each artifact.
                     # torch-mlir is set up in a process of its own.
                     workers = None if mlir else 1
-                    content = build(plan.model, *how, teacher=plan.bare_teacher(), mlir=mlir, workers=workers)
+                    with contextlib.nullcontext() if anew else lowering_once(shared):
+                        content = build(plan.model, *how, teacher=plan.bare_teacher(), mlir=mlir, workers=workers)
                     path.with_suffix(".part").write_bytes(content)
                     path.with_suffix(".part").rename(path)
             made[key] = Compiled(plan, open_artifact(path), list(rules))

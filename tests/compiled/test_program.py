@@ -121,7 +121,7 @@ def test_evaluation_equals_the_twin_and_updates_nothing(tiny: Compiled) -> None:
 
 def test_runtime_settings_need_no_new_artifact(tiny: Compiled, compile_step: Compile) -> None:
     """Rate, clipping and accumulation are tensors or schedule: a fresh compile gives the same bits."""
-    fresh = compile_step("model.dtype=float64", "optimizer.lr=0.7", "training.gradient_accumulation_steps=2")
+    fresh = compile_step("model.dtype=float64", "optimizer.lr=0.7", "training.gradient_accumulation_steps=2", anew=True)
     weights = []
     for compiled in (tiny, fresh):
         model = compiled.model()
