@@ -84,12 +84,15 @@ def artifact_text(artifact: Artifact) -> str:
 
     manifest = artifact.manifest
     spec = [(name, _shown(value)) for name, value in flatten(artifact.spec).items()]
-    cost = manifest["cost"]
+    cost, blocks = manifest["cost"], len(manifest["cost"]["saved_bytes"])
     facts = [
         ("parameters", f"{manifest['parameters']:,}"),
         ("FLOPs per step", count_text(cost["flops"])),
         ("bytes per step", count_text(cost["bytes"])),
-        ("activation bytes", count_text(cost["activation_bytes"])),
+        (
+            "activation bytes",
+            count_text(cost["hidden_bytes"] + sum(cost["saved_bytes"], cost["hidden_bytes"] * blocks)),
+        ),
         ("optimizer state", ", ".join(manifest["optimizer"]["state"])),
         ("runtime numbers", ", ".join(manifest["optimizer"]["hyperparameters"])),
         ("compile seconds", str(manifest["compile_seconds"])),

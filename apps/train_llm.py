@@ -116,8 +116,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     artifact = require_artifact(config, plan)
     device = open_device(plan.spec.device["kind"], config, workers)
     accumulation = accumulation_steps(settings, workers.world_size)
-    memory = run_memory(config, plan, artifact, accumulation=accumulation, world_size=workers.world_size)
-    free = available_memory(str(device), workers.local_world_size)
+    free = available_memory(str(device), workers.local_world_size, config.run.memory_gib)
+    memory = run_memory(config, plan, artifact, accumulation=accumulation, world_size=workers.world_size, free=free)
     require_memory(memory, free, str(device))
     require_room(output, memory.parameters)
     print(f"Model: {plan.model_name}, {plan.parameters_text}; dtypes: {plan.precision.table()}")
@@ -150,7 +150,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     # The weights, the program that updates them in place, and the recipe it is given, as tensors, at every step.
     workers.doing("loading the weights")
     model = load_weights(config, plan.model_config, device)
-    program = make_program(config, plan, artifact, model, workers)
+    program = make_program(config, plan, artifact, model, workers, recomputed=memory.recomputed)
     resumed.load(model, program, workers.rank)
     trainer = Trainer(
         program=program,

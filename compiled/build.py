@@ -108,26 +108,23 @@ def _machine_code(
     return files
 
 
-def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec) -> dict[str, int]:
+def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec) -> dict[str, Any]:
     """What one step with one microbatch costs.
 
     flops: matrix products and attention, 2mkn each. bytes: every region's inputs and outputs once, each time it runs.
-    activation_bytes: what lives between forward and backward. head_bytes: logits of a chunk, their gradient and one
-    temporary; a teacher's and one more.
+    hidden_bytes: a block's input; saved_bytes: what else each block keeps for its backward. head_bytes: logits of a
+    chunk, their gradient and one temporary; a teacher's and one more.
     """
     runs: dict[str, int] = {"head_train": spec.head_chunks}
-    recompute = spec.recompute == "block"
     for part in schedule.teacher.get("parts", ()):
         runs[part["forward"]] = runs.get(part["forward"], 0) + 1
     for entry in (schedule.embed, *schedule.blocks):
-        runs[entry["forward"]] = runs.get(entry["forward"], 0) + 1 + (recompute and entry is not schedule.embed)
+        runs[entry["forward"]] = runs.get(entry["forward"], 0) + 1
         if entry["backward"]:
             runs[entry["backward"]] = runs.get(entry["backward"], 0) + 1
     for group in schedule.updates:
         if group["direct"]:
             runs[group["direct"]] = runs.get(group["direct"], 0) + 1
-    hidden = regions[schedule.embed["forward"]].outputs[0].bytes
-    saved = [regions[entry["forward"]].saved_bytes for entry in schedule.blocks]
     head = {entry.name: entry for entry in regions["head_train"].inputs}
     # rows of the projection, the widest of the head's matrices; a logit is as wide as its token's grad_scale
     logits = 3 + 2 * bool(schedule.teacher)  # and a teacher's, with what is made of them
@@ -135,7 +132,8 @@ def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec
     return {
         "flops": sum(regions[name].flops * count for name, count in runs.items()),
         "bytes": sum(regions[name].bytes * count for name, count in runs.items()),
-        "activation_bytes": hidden * (len(saved) + 1) + (max(saved) if recompute else sum(saved)),
+        "hidden_bytes": regions[schedule.embed["forward"]].outputs[0].bytes,
+        "saved_bytes": [regions[entry["forward"]].saved_bytes for entry in schedule.blocks],
         "head_bytes": logits * vocabulary * head["grad_scale"].bytes,
     }
 

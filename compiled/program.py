@@ -1,6 +1,6 @@
 """The step that runs: a schedule over regions. No graph is traced and nothing is compiled here.
 
-forward    embed → block 0 … block L-1, keeping what each backward needs (with recompute: each block's input only)
+forward    embed → block 0 … block L-1, keeping what each backward needs (of `recomputed` blocks: their input only)
 head       a chunk of tokens at a time: loss, gradients of the hidden states, of the norm, of the projection
 backward   block L-1 … block 0 → embed; as soon as a group's gradients are final they go to the sink: the head's first
 reduce     a group's gradients are summed over the workers while the blocks below run backward
@@ -36,6 +36,7 @@ class CompiledProgram:
     The model lies on the artifact's device in its final dtypes. `moments_dtype` and `master_dtype` as for `Updater`;
     `reducer` sums over the workers of the job. `loss_terms`: the numbers of the artifact's terms (see objective.py).
     `stats_every`: steps from one that is measured to the next. `teacher`: the model of the artifact's teacher.
+    `recomputed`: of so many blocks, the first, activations are computed again before their backward.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class CompiledProgram:
         loss_terms: Mapping[str, float] | None = None,
         stats_every: int | None = None,
         teacher: nn.Module | None = None,
+        recomputed: int = 0,
     ) -> None:
         self.binding = Binding(artifact, model)
-        self.spec = artifact.spec
+        self.spec, self.recomputed = artifact.spec, recomputed
         schedule = artifact.manifest["schedule"]
         self.embed, self.blocks, self.head = schedule["embed"], schedule["blocks"], schedule["head"]
         self.head_group, self.embed_group = len(self.blocks), len(self.blocks) + 1  # behind those of the blocks
@@ -225,16 +227,16 @@ class CompiledProgram:
         self, microbatch: Mapping[str, Tensor], statistics: Statistics, *, keep: bool
     ) -> tuple[Tensor, list[Kept]]:
         """The last hidden states and, with `keep`, what the backwards of embedding and blocks need, in this order."""
-        shared, recompute = self._shared(microbatch), self.spec["recompute"] == "block"
+        shared = self._shared(microbatch)
         flowing = {"input_ids": microbatch["input_ids"]}
         stash: list[Kept] = []
-        for entry in (self.embed, *self.blocks):
+        for number, entry in enumerate((self.embed, *self.blocks)):
             inputs = self.binding.inputs(entry) | shared | flowing
             outputs = self.binding.run(entry["forward"], inputs)
             flowing = {"hidden_states": outputs["output"]}
             statistics.add(entry, outputs)
             if keep:
-                stash.append((inputs, None if recompute and entry is not self.embed else outputs))
+                stash.append((inputs, None if 1 <= number <= self.recomputed else outputs))
         return outputs["output"], stash
 
     def _head_step(

@@ -51,7 +51,6 @@ class StepSpec:
     article_attention: bool
     head_chunks: int
     optimizer: dict[str, Any]
-    recompute: str
     device: dict[str, Any]
     versions: dict[str, str]
     deterministic: bool = True  # every run gives the same bits; on a CPU always

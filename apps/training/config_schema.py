@@ -152,7 +152,6 @@ class CompileConfig:
     )
     verbose: bool = setting(False, "print each region's graph size, saved activations, kernels, seconds")
     debug: bool = setting(False, "keep the graphs and the generated code in a folder")
-    recompute: Literal["none", "block"] = setting("none", "block: keep a block's input only, recompute the rest")
     head_chunks: int | None = setting(None, "pieces the loss is computed in; null: chosen from the sizes", at_least=1)
     workers: int | None = setting(None, "regions compiled at a time; null: one for each core", at_least=1)
     mlir: MlirConfig = field(default_factory=MlirConfig)
@@ -163,6 +162,10 @@ class RunConfig:
     artifact: str | None = setting(None, "artifact to run; null: the one in compile.output_dir that fits")
     cuda_graph: Literal["auto", "on", "off"] = setting("auto", "replay the step as one CUDA graph")
     num_threads: int | None = setting(None, "CPU threads; null: one for each core", at_least=1)
+    recompute: Literal["auto", "none", "block"] = setting(
+        "auto", "blocks computed again before their backward: all, none, or as many as memory asks for"
+    )
+    memory_gib: float | None = setting(None, "GiB a worker may take; null: what its device has free", above=0)
     peak_flops: float | None = setting(None, "a worker's peak in FLOP/s, for MFU; null: known cards' own", above=0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,19 @@ class MemoryEstimate:
     snapshot: int = 0  # of a checkpoint that is being written
     statistics: int = 0  # the last gradient and the last update
     teacher: int = 0  # its weights
+    recomputed: int = field(default=0, kw_only=True)  # no bytes: blocks whose activations are computed again
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return sum(self._bytes().values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {gibibytes(value)}" for name, value in asdict(self).items() if value)
-        return f"{gibibytes(self.total)} ({parts})"
+        parts = ", ".join(f"{name} {gibibytes(value)}" for name, value in self._bytes().items() if value)
+        again = f"; of {self.recomputed} blocks computed again" if self.recomputed else ""
+        return f"{gibibytes(self.total)} ({parts}{again})"
+
+    def _bytes(self) -> dict[str, int]:
+        return {name: value for name, value in asdict(self).items() if name != "recomputed"}
 
 
 def estimate(
@@ -65,19 +70,24 @@ def estimate(
 
 
 def compiled_estimate(
-    manifest: Mapping[str, Any], precision: PrecisionPolicy, *, several_microbatches: bool
+    manifest: Mapping[str, Any], precision: PrecisionPolicy, *, several_microbatches: bool, recomputed: int = 0
 ) -> MemoryEstimate:
-    """The peak of a run of the artifact with this manifest; gradients summed over microbatches are wider."""
+    """The peak of a run of the artifact with this manifest; gradients summed over microbatches are wider.
+
+    `recomputed`: of so many blocks only the input is kept; one of them at a time is computed again.
+    """
     cost = manifest["cost"]
+    saved = cost["saved_bytes"]
+    activations = cost["hidden_bytes"] * (len(saved) + 1) + sum(saved[recomputed:]) + max(saved[:recomputed], default=0)
     needed = estimate(
         manifest["parameters"],
         precision,
         state_tensors=manifest["optimizer"]["state_elements"] / max(manifest["trained_parameters"], 1),
-        activations=cost["activation_bytes"] + cost["head_bytes"],
+        activations=activations + cost["head_bytes"],
         wide_gradients=several_microbatches,
         num_trained=manifest["trained_parameters"],
     )
-    return replace(needed, teacher=manifest["teacher_bytes"])
+    return replace(needed, teacher=manifest["teacher_bytes"], recomputed=recomputed)
 
 
 def of_one_worker(whole: MemoryEstimate, num_trained: int, world_size: int, *, shards: bool) -> MemoryEstimate:
@@ -142,17 +152,18 @@ def require_memory(needed: MemoryEstimate, available: int, device: str) -> None:
     )
 
 
-def available_memory(device: str, local_world_size: int = 1) -> int:
+def available_memory(device: str, local_world_size: int = 1, at_most_gib: float | None = None) -> int:
     """Free bytes of "cpu" (what this process may still take, containers and limits included) or of a CUDA device.
 
-    Of a CPU, an equal share for each of the host's workers.
+    Of a CPU, an equal share for each of the host's workers. `at_most_gib`: no more than that, if given.
     """
     if device.startswith("cuda"):
         import torch
 
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return int(min(min(_host_memory(), _cgroup_memory()) / local_world_size, _address_space()))
+        free = float(torch.cuda.mem_get_info(device)[0])
+    else:
+        free = min(min(_host_memory(), _cgroup_memory()) / local_world_size, _address_space())
+    return int(min(free, math.inf if at_most_gib is None else at_most_gib * GIB))
 
 
 def gibibytes(count: float) -> str:

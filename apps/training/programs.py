@@ -35,6 +35,8 @@ from compiled.program import CompiledProgram
 from compiled.reduction import Reducer
 from compiled.spec import difference_table
 
+FILLED = 0.95  # of the free memory, before activations are given up: allocators leave gaps, libraries want workspaces
+
 
 def require_artifact(config: TrainConfig, plan: StepPlan) -> Artifact | None:
     """The artifact of `run.artifact`, or the one in `compile.output_dir` that fits; None for `compile.target=eager`.
@@ -61,9 +63,15 @@ def require_artifact(config: TrainConfig, plan: StepPlan) -> Artifact | None:
 
 
 def make_program(
-    config: TrainConfig, plan: StepPlan, artifact: Artifact | None, model: Any, workers: Workers
+    config: TrainConfig,
+    plan: StepPlan,
+    artifact: Artifact | None,
+    model: Any,
+    workers: Workers,
+    *,
+    recomputed: int = 0,
 ) -> Program:
-    """The program that trains `model` in place, one of `workers` alike."""
+    """The program that trains `model` in place, one of `workers` alike; `recomputed` as in `run_memory`'s estimate."""
     precision, reducer, terms = plan.precision, _reducer(config, workers), loss_terms(config.training)
     teacher = None
     if plan.teacher_config is not None:
@@ -89,6 +97,7 @@ def make_program(
         reducer=reducer,
         loss_terms=terms,
         stats_every=config.logging.stats_every,
+        recomputed=recomputed,
     )
 
 
@@ -143,14 +152,29 @@ def _program_class(cuda_graph: str, artifact: Artifact) -> type[CompiledProgram]
 
 
 def run_memory(
-    config: TrainConfig, plan: StepPlan, artifact: Artifact | None, *, accumulation: int, world_size: int
+    config: TrainConfig, plan: StepPlan, artifact: Artifact | None, *, accumulation: int, world_size: int, free: int
 ) -> MemoryEstimate:
-    """What this worker of the run, one of `world_size`, will hold at its peak; `accumulation`: its microbatches."""
+    """What this worker of the run, one of `world_size`, will hold at its peak; `accumulation`: its microbatches.
+
+    With run.recompute=auto it recomputes as many blocks as must be for the run to fit into `free` bytes.
+    """
+    blocks = 0 if artifact is None else len(artifact.manifest["cost"]["saved_bytes"])
+    choices = {"auto": range(blocks + 1), "none": range(1), "block": range(blocks, blocks + 1)}[config.run.recompute]
+    several, room = accumulation > 1, free * FILLED
+    for recomputed in choices:
+        needed = _memory(config, plan, artifact, several=several, world_size=world_size, recomputed=recomputed)
+        if needed.total <= room:
+            break
+    return needed
+
+
+def _memory(
+    config: TrainConfig, plan: StepPlan, artifact: Artifact | None, *, several: bool, world_size: int, recomputed: int
+) -> MemoryEstimate:
     precision, training = plan.precision, config.training
     num_parameters = plan.num_parameters
-    several = accumulation > 1
     if artifact is not None:
-        whole = compiled_estimate(artifact.manifest, precision, several_microbatches=several)
+        whole = compiled_estimate(artifact.manifest, precision, several_microbatches=several, recomputed=recomputed)
     else:
         length = config.model.max_seq_length
         batch_size = training.batch_size

@@ -135,7 +135,6 @@ def plan_step(config: TrainConfig) -> StepPlan:
         article_attention=config.model.article_attention,
         head_chunks=head_chunks(config.compile.head_chunks, tokens, logits_a_token, kind),
         optimizer=_optimizer_fields(config.optimizer.name, groups),
-        recompute=config.compile.recompute,
         device=describe_device(kind),
         versions=describe_versions(kind) | {"source": _source_fingerprint()},
         deterministic=kind == "cpu" or config.training.deterministic,

@@ -75,7 +75,7 @@ def test_every_point_is_run_in_its_own_folder(sweep: Sweep, tmp_path: Path, caps
         ("{optimizer.lr: [1e-3, 1e-4], training.seed: [1, 2], training.token_budget: [N, 2*N]}", 8, 1),
         ("{model.dtype: [float32, float64], training.seed: [1, 2]}", 4, 2),
         (
-            f"{{backend.default: [dense, '{SCALED}'], compile.recompute: [none, block], optimizer.lr: [1e-3, 1e-4]}}",
+            f"{{backend.default: [dense, '{SCALED}'], compile.head_chunks: [1, 2], optimizer.lr: [1e-3, 1e-4]}}",
             8,
             4,
         ),

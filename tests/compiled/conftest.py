@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +32,8 @@ from compiled.regions import RegionSpec, TensorSpec
 from compiled.spec import float32_library
 from tests.compiled.step_worker import add_random_updates
 
+RECOMPUTED = "run.recompute=block"  # no part of the step: the artifact is that of the other settings
+
 
 @dataclass
 class Compiled:
@@ -40,6 +42,7 @@ class Compiled:
     plan: StepPlan
     artifact: Artifact
     rules: list[dict[str, Any]]
+    recomputed: int = 0  # blocks, by its programs
 
     def model(self, seed: int = 1) -> Any:
         model = modelzoo.build_model(self.plan.model_config, dtype=self.plan.precision.parameters, seed=seed)
@@ -57,6 +60,7 @@ class Compiled:
             master_dtype=None if master == "none" else as_torch(master),
             loss_terms=self.loss_terms,
             teacher=self.teacher(),
+            recomputed=self.recomputed,
             **options,
         )
 
@@ -176,6 +180,10 @@ def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.Temp
     def compile_once(
         *settings: str, rules: tuple[dict[str, Any], ...] = (), anew: bool = False, **fields: Any
     ) -> Compiled:
+        step = tuple(setting for setting in settings if setting != RECOMPUTED)
+        if step != settings:
+            again = compile_once(*step, rules=rules, anew=anew, **fields)
+            return replace(again, recomputed=again.plan.model_config.num_hidden_layers)
         key = repr((settings, rules, anew, fields))
         if key not in made:
             written = ", ".join("{" + ", ".join(f"{k}: {v!r}" for k, v in rule.items()) + "}" for rule in rules)

@@ -189,11 +189,11 @@ def test_require_accepts_an_equal_step_and_names_each_field_that_differs(tmp_pat
     artifact = open_artifact(write(tmp_path, make_spec()))
     artifact.require(make_spec(model_name="renamed"), "COMMAND")
     with pytest.raises(UserError) as caught:
-        artifact.require(make_spec(batch_size=4, recompute="block"), "python compile --it")
+        artifact.require(make_spec(batch_size=4, head_chunks=3), "python compile --it")
     headline, *table = str(caught.value).splitlines()
     assert "2 field(s) differ" in headline
     assert headline.endswith("python compile --it")
-    assert [line.split()[0] for line in table] == ["field", "batch_size", "recompute"]
+    assert [line.split()[0] for line in table] == ["field", "batch_size", "head_chunks"]
     assert table[1].split() == ["batch_size", "|", "8", "|", "4"]
 
 
@@ -210,7 +210,7 @@ def test_find_takes_the_artifact_that_fits_whatever_its_name(tmp_path: Path) -> 
 
 
 def test_find_gives_the_nearest_when_none_fits(tmp_path: Path) -> None:
-    write(tmp_path, make_spec(batch_size=4, recompute="block", head_chunks=2))
+    write(tmp_path, make_spec(batch_size=4, article_attention=True, head_chunks=2))
     close = write(tmp_path, make_spec(batch_size=4))
     (tmp_path / "broken.substrate").write_bytes(content()[:50])
     (tmp_path / "notes.txt").write_text("not looked at")

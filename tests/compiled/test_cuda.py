@@ -28,6 +28,7 @@ def make(compiled: Compiled, program_class: type[CompiledProgram], model: Any, *
         model,
         moments_dtype=as_torch(compiled.plan.precision.moments),
         master_dtype=None if master == "none" else as_torch(master),
+        recomputed=compiled.recomputed,
         **options,
     )
 
@@ -37,7 +38,7 @@ def make(compiled: Compiled, program_class: type[CompiledProgram], model: Any, *
     [
         ("float32", (), 1e-4),
         ("bfloat16", ("compile.head_chunks=4",), 3e-2),
-        ("bfloat16", ("model.article_attention=true", "compile.recompute=block"), 3e-2),
+        ("bfloat16", ("model.article_attention=true", "run.recompute=block"), 3e-2),
     ],
 )
 def test_training_follows_the_eager_twin(

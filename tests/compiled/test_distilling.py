@@ -120,7 +120,7 @@ def test_training_equals_the_eager_twin(
     [
         (("training.label_smoothing=0.1", "training.z_loss=1e-3"), {}),
         (("model.article_attention=true", "lora.r=4"), {"tie_word_embeddings": True}),
-        (("model.residual_dropout=0.2", "compile.recompute=block"), {"attention_bias": True}),
+        (("model.residual_dropout=0.2", "run.recompute=block"), {"attention_bias": True}),
     ],
     ids=["other-terms", "articles-and-lora", "dropout"],
 )

@@ -84,7 +84,7 @@ def test_the_regions_equal_the_eager_twin(interpreted: Callable[[int], Compiled]
 
 @pytest.mark.slow
 def test_the_compiled_step_equals_the_eager_twin(compile_step: Compile) -> None:
-    assert_twins(compile_step("model.dtype=float64", "compile.recompute=block", *DROPOUT))
+    assert_twins(compile_step("model.dtype=float64", "run.recompute=block", *DROPOUT))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_recomputed_activations_have_the_masks_of_the_first_time(
 ) -> None:
     step = interpreted(ROWS)
     model, program = built(step)
-    program.spec = program.spec | {"recompute": "block"}  # a matter of the program: the regions are the same
+    program.recomputed = 1  # of two blocks
     assert train(step, program, model, 1, 4) == expected[0]
     assert torch.equal(weights(model), expected[1])
 

@@ -97,7 +97,7 @@ def test_training_equals_the_eager_twin_and_leaves_frozen_weights_alone(
 
 @pytest.mark.slow
 def test_norms_and_the_head_train_too_and_recompute_changes_nothing(compile_step: Compile) -> None:
-    settings = ("model.dtype=float64", "lora.r=4", "lora.train_norms=true", "compile.recompute=block", HEAD_TOO)
+    settings = ("model.dtype=float64", "lora.r=4", "lora.train_norms=true", "run.recompute=block", HEAD_TOO)
     compiled = compile_step(*settings)
     trained = {name for name, each in compiled.model().named_parameters() if each.requires_grad}
     assert {"model.norm.weight", "lm_head.lora_A"} <= trained

@@ -77,7 +77,7 @@ def test_bfloat16_parameters_train_through_their_masters(compile_step: Compile) 
             ("model.dtype=float64", "compile.head_chunks=4", "model.article_attention=true"),
             {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
         ),
-        (("model.dtype=float64", "compile.head_chunks=4", "compile.recompute=block"), {}),
+        (("model.dtype=float64", "compile.head_chunks=4", "run.recompute=block"), {}),
         (
             ("model.dtype=float64", "compile.head_chunks=4", "training.label_smoothing=0.3", "training.z_loss=1e-4"),
             {},

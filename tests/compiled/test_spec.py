@@ -42,7 +42,6 @@ def make_spec(**changes: Any) -> StepSpec:
         article_attention=False,
         head_chunks=1,
         optimizer={"name": "adamw", "source": "bb"},
-        recompute="none",
         device={"kind": "cpu", "isa": ["avx", "avx2"]},
         versions={"schema": str(SCHEMA_VERSION), "torch": "2.13.0"},
     )

@@ -15,7 +15,7 @@ RULES = ({"match": "*.mlp.*", "use": BACKEND}, {"match": "lm_head", "use": BACKE
 @pytest.fixture(scope="module")
 def stateful(compile_step: Compile) -> Compiled:
     """With recompute, the harder case: a block's forward runs twice and its statistics must count once."""
-    return compile_step("model.dtype=float64", "compile.recompute=block", "compile.head_chunks=1", rules=RULES)
+    return compile_step("model.dtype=float64", "run.recompute=block", "compile.head_chunks=1", rules=RULES)
 
 
 def test_statistics_and_losses_follow_the_eager_twin(stateful: Compiled) -> None:
@@ -48,7 +48,7 @@ def test_evaluation_and_gradients_leave_statistics_alone(stateful: Compiled) -> 
 def delayed(compile_step: Compile) -> Compiled:
     """Ranges from the steps before, noise by row: also in the head, which sees a chunk of tokens at a time."""
     rules = ({"match": "*_proj", "use": DELAYED}, {"match": "lm_head", "use": DELAYED})
-    return compile_step("model.dtype=float64", "compile.recompute=block", "compile.head_chunks=2", rules=rules)
+    return compile_step("model.dtype=float64", "run.recompute=block", "compile.head_chunks=2", rules=rules)
 
 
 def pieces(batch: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:

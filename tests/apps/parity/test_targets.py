@@ -11,12 +11,12 @@ from tests.apps.parity.known_errors import settings_for
 def test_only_the_section_compile_differs(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
     settings = settings_for(tiny_dataset, tiny_model, output_dir=str(tmp_path), seed=7, device="cpu")
     (entry,) = read_entries([{"rules": [{"match": "*.mlp.*", "use": "optical"}]}], at_least=1)
-    tosa = {"target": "mlir", "mlir.dialect": "tosa", "recompute": "block"}  # no compiler is asked for its version
+    tosa = {"target": "mlir", "mlir.dialect": "tosa", "head_chunks": 3}  # no compiler is asked for its version
     planned = plan_targets(read_targets(["eager", "inductor", tosa]), entry, settings)
     first, second, third = (each.plan.spec for each in planned)
     assert first.to_json() == second.to_json()
     assert third.target == {"kind": "mlir", "dialect": "tosa"}
-    assert third.recompute == "block"
+    assert third.head_chunks == 3
     assert first.routing == third.routing
     assert len(first.routing) == 2
     assert (first.batch_size, first.max_seq_length) == (3, 32)

@@ -1,6 +1,7 @@
 """What runs the step: which artifact is taken, what is said when there is none, and the memory it will need."""
 
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from apps.training.config import parse
 from apps.training.config_schema import TrainConfig
 from apps.training.eager_program import EagerProgram
 from apps.training.models import load_weights
-from apps.training.programs import make_program, require_artifact, run_memory
+from apps.training.programs import FILLED, make_program, require_artifact, run_memory
 from apps.training.step_plan import StepPlan, plan_step
 from apps.training.workers.group import Workers
 from backends.errors import UserError
@@ -69,7 +70,8 @@ def test_the_nearest_artifact_is_shown_with_the_fields_that_differ(
 
 def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig, plan: StepPlan) -> None:
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
-    cost, state = {"activation_bytes": 1000, "head_bytes": 24}, {"state_elements": 2 * parameters}
+    cost = {"hidden_bytes": 10, "saved_bytes": [100, 300, 200], "head_bytes": 24}
+    state = {"state_elements": 2 * parameters}
     artifact = Artifact(
         Path("a.substrate"),
         {
@@ -80,8 +82,21 @@ def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig
             "teacher_bytes": 0,
         },
     )
-    needed = run_memory(config, plan, artifact, accumulation=1, world_size=1)
-    assert needed.activations == 1024
+    needed = run_memory(config, plan, artifact, accumulation=1, world_size=1, free=10**12)
+    assert needed.activations == 4 * 10 + 600 + 24
+    assert needed.recomputed == 0
     assert needed.parameters == needed.gradients == 4 * parameters
     assert needed.moments == 8 * parameters
-    assert run_memory(eager(config), plan, None, accumulation=1, world_size=1).activations > 0
+    assert run_memory(eager(config), plan, None, accumulation=1, world_size=1, free=0).activations > 0
+
+    def chosen(recompute: str, free: int) -> tuple[int, int]:
+        asked = dataclasses.replace(config, run=dataclasses.replace(config.run, recompute=recompute))
+        found = run_memory(asked, plan, artifact, accumulation=1, world_size=1, free=free)
+        return found.recomputed, found.activations - 4 * 10 - 24
+
+    rest = needed.total - 600
+    assert chosen("none", 0) == (0, 600)
+    assert chosen("block", 10**12) == (3, 300)
+    fits = {600: (0, 600), 599: (2, 500), 499: (3, 300), 0: (3, 300)}  # one recomputed block alone would save nothing
+    for room, expected in fits.items():
+        assert chosen("auto", math.ceil((rest + room) / FILLED)) == expected

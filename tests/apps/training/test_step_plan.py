@@ -37,7 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"backend.rules=[{{match: '*.up_proj', use: '{SCALED}'}}]",
         f"backend.default={SCALED}",
         "compile.head_chunks=2",
-        "compile.recompute=block",
     ],
 )
 def test_a_setting_that_changes_the_graph_changes_the_key(folder: Path, setting: str) -> None:

@@ -45,7 +45,6 @@ CHOICES: dict[str, st.SearchStrategy[str]] = {
         ]
     ),
     "optimizer.lr": st.sampled_from(["0.1", "1e-5"]),
-    "compile.recompute": st.sampled_from(["none", "block"]),
     "compile.head_chunks": st.sampled_from(["null", "1", "4"]),
     "compile.output_dir": st.text(string.ascii_letters + " ,'\"[]{}:*#$=/\\", min_size=1, max_size=8),
     "backend.default": st.sampled_from(["dense", SCALED]),

@@ -46,7 +46,7 @@ def test_a_refused_module_is_one_line_of_reasons() -> None:
 STEPS = 20
 VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any], float]] = {
     "float32-stablehlo-tied-chunked": (
-        ("compile.mlir.dialect=stablehlo", "compile.head_chunks=2", "compile.recompute=block", "optimizer=sgdm"),
+        ("compile.mlir.dialect=stablehlo", "compile.head_chunks=2", "run.recompute=block", "optimizer=sgdm"),
         {"tie_word_embeddings": True},
         1e-5,
     ),
