@@ -58,7 +58,7 @@ def profile(options: ProfileOptions, config: TrainConfig, workers: Workers) -> N
     from apps.training.files import require_writable
     from apps.training.floor import measure_floor
     from apps.training.models import load_weights
-    from apps.training.programs import make_program, require_artifact
+    from apps.training.programs import blocks_to_recompute, make_program, require_artifact
     from apps.training.random_step import first_hyperparameters, random_batch
     from apps.training.step_plan import plan_step
     from compiled.program import CompiledProgram
@@ -70,8 +70,9 @@ def profile(options: ProfileOptions, config: TrainConfig, workers: Workers) -> N
     device = open_device(plan.spec.device["kind"], config, workers)
     print(f"Step: {artifact.path}\nDevice: {describe(device)}", flush=True)
     floor = measure_floor(plan, device)  # before the weights are there: it needs memory too
+    recomputed = blocks_to_recompute(config, plan, artifact, device, workers)
     model = load_weights(config, plan.model_config, device)
-    program = make_program(config, plan, artifact, model, workers)
+    program = make_program(config, plan, artifact, model, workers, recomputed=recomputed)
     assert isinstance(program, CompiledProgram)
     label(program)
     batch, table = random_batch(plan, device), first_hyperparameters(plan, model, device)

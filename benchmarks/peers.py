@@ -10,11 +10,11 @@ class Missing(Exception):
     """A peer is not installed; says what it needs."""
 
 
-def peer_step(name: str, plan: Any, device: Any) -> Callable[[], None]:
+def peer_step(name: str, plan: Any, device: Any, *, recomputes: bool = False) -> Callable[[], None]:
     """A train step of the planned model on random tokens in model.dtype, without masters or clipping.
 
-    Where the plan recomputes activations, or keeps attention inside articles, the peer does: by gradient checkpointing,
-    and by the dense mask that transformers offers.
+    `recomputes`: by gradient checkpointing. Where the plan keeps attention inside articles the peer does, by the dense
+    mask that transformers offers.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,7 +31,7 @@ def peer_step(name: str, plan: Any, device: Any) -> Callable[[], None]:
         model = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.train()
-    if plan.spec.recompute != "none":
+    if recomputes:
         # transformers is renaming it
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})

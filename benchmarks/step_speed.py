@@ -164,7 +164,7 @@ def serve(name: str, settings: list[str], pipe: Any) -> None:
             step = own_step(config, plan, device)
         else:
             device = torch.device(kind)
-            step = peer_step(name, plan, device)
+            step = peer_step(name, plan, device, recomputes=needs_recomputing(config, plan, device))
         for _ in range(3):
             step()
         wait(device)
@@ -193,22 +193,38 @@ def serve(name: str, settings: list[str], pipe: Any) -> None:
         pipe.send((time.perf_counter() - started) / asked)
 
 
+def needs_recomputing(config: Any, plan: Any, device: Any) -> bool:
+    """Whether plain autograd is told to, or could not keep its activations on this device."""
+    from apps.training.memory import available_memory
+    from apps.training.programs import run_memory
+
+    free = available_memory(str(device), at_most_gib=config.run.memory_gib)
+    needed = run_memory(config, plan, None, accumulation=1, world_size=1, free=free)
+    return config.run.recompute == "block" or (config.run.recompute == "auto" and needed.total > free)
+
+
 def own_step(config: Any, plan: Any, device: Any) -> Callable[[], object]:
     """Load the artifact as a run does and return its step; prints how long loading and the first step took."""
     from apps.training.devices import wait
     from apps.training.models import load_weights
-    from apps.training.programs import make_program, require_artifact
+    from apps.training.programs import blocks_to_recompute, make_program, require_artifact
     from apps.training.random_step import first_hyperparameters, random_batch
     from apps.training.workers.group import Workers
 
+    artifact = require_artifact(config, plan)
+    recomputed = blocks_to_recompute(config, plan, artifact, device)
     model = load_weights(config, plan.model_config, device)
     batch, table = random_batch(plan, device), first_hyperparameters(plan, model, device)
     wait(device)
     started = time.perf_counter()
-    program = make_program(config, plan, require_artifact(config, plan), model, Workers.solo())
+    program = make_program(config, plan, artifact, model, Workers.solo(), recomputed=recomputed)
     loaded = time.perf_counter()
     loss = program.train_step([batch], table, None).loss.item()
-    taken = {"load_s": round(loaded - started, 3), "first_step_s": round(time.perf_counter() - loaded, 3)}
+    taken = {
+        "recomputed_blocks": recomputed,
+        "load_s": round(loaded - started, 3),
+        "first_step_s": round(time.perf_counter() - loaded, 3),
+    }
     print(json.dumps(taken | {"loss": loss}), flush=True)
     return lambda: program.train_step([batch], table, None)
 

@@ -42,13 +42,15 @@ def main() -> None:
 def measure(config, plan, workers, own: dict[str, str]) -> None:
     from apps.training.devices import open_device, wait
     from apps.training.models import load_weights
-    from apps.training.programs import make_program, require_artifact
+    from apps.training.programs import blocks_to_recompute, make_program, require_artifact
     from apps.training.random_step import first_hyperparameters, random_batch
 
     began = time.perf_counter()
     device = open_device(plan.spec.device["kind"], config, workers)
+    artifact = require_artifact(config, plan)
+    recomputed = blocks_to_recompute(config, plan, artifact, device, workers)
     model = load_weights(config, plan.model_config, device)
-    program = make_program(config, plan, require_artifact(config, plan), model, workers)
+    program = make_program(config, plan, artifact, model, workers, recomputed=recomputed)
     data, table = random_batch(plan, device), first_hyperparameters(plan, model, device)
     data["grad_scale"] /= workers.world_size
 

@@ -14,6 +14,7 @@ from apps.training.eager_program import EagerProgram
 from apps.training.loss import loss_terms
 from apps.training.memory import (
     MemoryEstimate,
+    available_memory,
     compiled_estimate,
     eager_activations,
     estimate,
@@ -168,6 +169,15 @@ def run_memory(
     return needed
 
 
+def blocks_to_recompute(
+    config: TrainConfig, plan: StepPlan, artifact: Artifact | None, device: Any, workers: Workers | None = None
+) -> int:
+    """What a run of one microbatch decides, before its weights are there; `workers` None: it is alone."""
+    workers = workers or Workers.solo()
+    free = available_memory(str(device), workers.local_world_size, config.run.memory_gib)
+    return run_memory(config, plan, artifact, accumulation=1, world_size=workers.world_size, free=free).recomputed
+
+
 def _memory(
     config: TrainConfig, plan: StepPlan, artifact: Artifact | None, *, several: bool, world_size: int, recomputed: int
 ) -> MemoryEstimate:
@@ -188,6 +198,8 @@ def _memory(
         )
         teacher = plan.bare_teacher()
         whole = replace(whole, teacher=0 if teacher is None else sum(each.nbytes for each in teacher.parameters()))
+    if artifact is not None and training.max_grad_norm is None and not training.max_nonfinite_steps and not several:
+        whole = replace(whole, gradients=whole.gradients * 2 * _largest_group(artifact, plan) // plan.num_trained)
     mine = of_one_worker(whole, plan.num_trained, world_size, shards=training.shard_optimizer)
     if config.logging.stats_every is not None:
         share = world_size if training.shard_optimizer else 1
@@ -196,3 +208,10 @@ def _memory(
         saved = plan.num_trained * BITS[precision.parameters] // 8 if plan.lora is not None else None
         return with_snapshot(mine, world_size, shards=training.shard_optimizer, saved_weights=saved)
     return mine
+
+
+def _largest_group(artifact: Artifact, plan: StepPlan) -> int:
+    """Numbers in the largest group of parameters. Without clipping, two groups' gradients are there at most."""
+    sizes = {name: parameter.numel() for name, parameter in plan.model.named_parameters()}
+    groups = artifact.manifest["schedule"]["updates"]
+    return max(sum(sizes[name] for name in group["parameters"].values()) for group in groups)

@@ -94,6 +94,14 @@ def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig
         found = run_memory(asked, plan, artifact, accumulation=1, world_size=1, free=free)
         return found.recomputed, found.activations - 4 * 10 - 24
 
+    names = [name for name, _ in plan.model.named_parameters()]
+    ends = {"a": names[0], "b": names[-1]}
+    largest = sum(plan.model.get_parameter(name).numel() for name in ends.values())
+    artifact.manifest["schedule"] = {"updates": [{"parameters": ends}, {"parameters": {"a": names[1]}}]}
+    unclipped = dataclasses.replace(config, training=dataclasses.replace(config.training, max_grad_norm=None))
+    found = run_memory(unclipped, plan, artifact, accumulation=1, world_size=1, free=10**12)
+    assert found.gradients == pytest.approx(2 * 4 * largest, abs=4)
+
     rest = needed.total - 600
     assert chosen("none", 0) == (0, 600)
     assert chosen("block", 10**12) == (3, 300)
