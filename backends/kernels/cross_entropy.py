@@ -70,7 +70,7 @@ def cross_entropy_gradient(
 def tiles(vocabulary: int) -> tuple[int, int, int]:
     """Logits of a tile, warps, pipeline stages. Fixed by shape: a run never tries several."""
     tile = min(8192, max(128, 1 << (vocabulary - 1).bit_length()))
-    return tile, max(tile // 512, 1), 1
+    return tile, max(tile // 1024, 1), 1
 
 
 @functools.cache

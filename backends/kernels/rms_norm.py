@@ -83,8 +83,8 @@ def rms_norm_backward(
 def tiles(width: int) -> tuple[int, int, int, int]:
     """Rows of a tile, warps, programs at most, pipeline stages. Fixed by shape: a run never tries several."""
     if width <= 512:
-        return 4, 4, 1056, 1
-    return (1, 4, 1056, 1) if width <= 2048 else (1, 8, 528, 1)
+        return 1, 1, 2112, 1
+    return (1, 4, 528, 3) if width <= 2048 else (1, 8, 528, 1)
 
 
 @functools.cache
