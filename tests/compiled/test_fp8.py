@@ -1,13 +1,16 @@
 """fp8 products through the artifact: the numbers of an eager loop, and no second copy of a weight from forward to
 backward."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor.exc import InductorError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apps.training.eager_program import EagerProgram
-from backends import load
+from backends.fp8 import Fp8
 from backends.layers import BackendLinear
 from compiled import lowering
 from compiled.capture import Captured, Sources, capture_stage
@@ -42,15 +45,20 @@ class Pair(nn.Module):
         super().__init__()
         self.first, self.second = (BackendLinear(32, 64, bias=False, device="meta", dtype=dtype) for _ in range(2))
         for layer in (self.first, self.second):
-            layer.set_backend(load("fp8"))
+            layer.set_backend(Fp8())
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.first(x) * self.second(x)
         return y
 
 
-def captured(dtype: torch.dtype) -> tuple[Captured, Captured]:
-    pair = Pair(dtype)
+class NormedPair(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def captured(dtype: torch.dtype, kind: type[Pair] = Pair) -> tuple[Captured, Captured]:
+    pair = kind(dtype)
     stage = stage_of("", pair, {id(parameter): name for name, parameter in pair.named_parameters()}, {"": ""})
     made = Sources(FakeTensorMode(), torch.device("cpu"))
     with lowering.quiet_torch():
@@ -81,3 +89,31 @@ def test_an_input_that_layers_share_is_rounded_once() -> None:
     assert sorted(rounded_to(forward, torch.float8_e4m3fn)) == x_and_x_turned + weights
     assert rounded_to(backward, torch.float8_e4m3fn) == weights
     assert rounded_to(backward, torch.float8_e5m2) == [(48, 64)] * 4  # two gradients, and each under one scale
+
+
+class Planned(Exception):
+    """Raised when Inductor has planned its buffers, before anything becomes machine code."""
+
+
+def test_an_operand_of_two_products_is_stored_once_and_in_8_bits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Inductor's plan, on a CPU, which has `_scaled_mm` too: x as it comes out of a normalisation."""
+    with lowering.quiet_torch():
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
+
+    monkeypatch.setattr("backends.kernels.fp8.has_fp8_products", lambda device: True)
+    stored: list[str] = []
+
+    def look(nodes: list[Any]) -> list[Any]:
+        layouts = [node.node.get_layout() for node in nodes]
+        stored.extend(str(layout.dtype) for layout in layouts if [int(each) for each in layout.size] == [48, 32])
+        raise Planned
+
+    forward, _ = captured(torch.bfloat16, NormedPair)
+    given = [torch.randn(spec.shape, dtype=torch.bfloat16) for spec in forward.spec.inputs]
+    lowering.store_fp8_operands_once()
+    options = {"_pre_fusion_custom_pass": look, "force_disable_caches": True}
+    stopped = pytest.raises(InductorError, match="Planned")
+    with lowering.quiet_torch(), torch.no_grad(), config.patch(options), stopped:
+        compile_fx(forward.graph, given)(*given)
+    assert stored.count("torch.float8_e4m3fn") == 1, stored
