@@ -48,10 +48,11 @@ def scale_of(x: Tensor, dtype: torch.dtype, *, by_row: bool) -> tuple[Tensor, Te
     amax = x.detach().abs().amax(1 if by_row else (0, 1), keepdim=True).to(torch.float32)
     # ⌈log₂(amax / largest)⌉ from the exponent bits of 4/7 amax; the largest number itself must not reach the next power
     bits = (amax * _BELOW_FOUR_SEVENTHS).view(torch.int32) >> _MANTISSA_BITS
-    exponent = (bits - (_BIAS - 1 + TOP_EXPONENT[dtype])).clamp_min(1 - _BIAS)
+    biased_inverse = (2 * _BIAS - 1 + TOP_EXPONENT[dtype] - bits).clamp_max(2 * _BIAS - 1)
     # Few steps, and no `where`: what takes many, Inductor stores as float32 before it is rounded, and NaN would be a
     # tensor, each a constant of its own, so that equal casts were different nodes of a graph.
-    return exponent, _power(-exponent) + amax * 0.0
+    factor = (biased_inverse << _MANTISSA_BITS).view(torch.float32) + amax * 0.0
+    return _BIAS - biased_inverse, factor
 
 
 def to_fp8(x: Tensor, dtype: torch.dtype, *, by_row: bool) -> Scaled:
@@ -62,12 +63,7 @@ def to_fp8(x: Tensor, dtype: torch.dtype, *, by_row: bool) -> Scaled:
 
 def power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent, float32, from int32; 0 below 2⁻¹²⁶ and 2¹²⁷ above that."""
-    return _power(exponent.clamp(-_BIAS, _BIAS))
-
-
-def _power(exponent: Tensor) -> Tensor:
-    """2^exponent, float32, from int32 -126 … 127; 0 from -127."""
-    return ((exponent + _BIAS) << _MANTISSA_BITS).view(torch.float32)
+    return ((exponent + _BIAS).clamp(0, 2 * _BIAS) << _MANTISSA_BITS).view(torch.float32)
 
 
 def aligned(x: Tensor) -> Tensor:
