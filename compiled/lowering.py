@@ -96,6 +96,15 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor])
     return graph
 
 
+def mistakes_attention_for_float32(device_type: str, dtype: str) -> bool:
+    """Whether this torch (2.11) traces what the CPU's kernel keeps for its backward as float32 where it is float64."""
+    if (device_type, dtype) != ("cpu", "float64"):
+        return False
+    with fake_mode():
+        query = torch.empty(1, 1, 2, 8, dtype=torch.float64)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, query, query)[1].dtype != query.dtype
+
+
 def attention_context(device_type: str, *, as_products: bool = False) -> contextlib.AbstractContextManager[Any]:
     """The attention kernels a trace may pick. On CUDA cuDNN first: 1.43 ms, flash 2.26, at 8x32x2048x64 on one H200.
 

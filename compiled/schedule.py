@@ -57,8 +57,9 @@ def capture_step(
     """
     device_type = spec.device["kind"]
     sources = Sources(lowering.fake_mode(), torch.device(device_type))
-    as_products = spec.target.get("kind") == "mlir"
-    calls = external_calls() if as_products else nullcontext()
+    for_others = spec.target.get("kind") == "mlir"
+    calls = external_calls() if for_others else nullcontext()
+    as_products = for_others or lowering.mistakes_attention_for_float32(device_type, policy.compute)
     with calls, lowering.attention_context(device_type, as_products=as_products), lowering.quiet_torch():
         return _capture_step(model, spec, optimizers, policy, sources, teacher)
 
