@@ -178,7 +178,7 @@ class BackendConfig:
         factory=list, help="first match wins: [{match: '*.mlp.*', use: dense, OPTION: VALUE}]"
     )
     # Given, it is replaced by what it says: see config_rules.py.
-    rules_file: str | None = setting(None, "YAML or TOML file, or a shipped one (optical); stored as rules")
+    rules_file: str | None = setting(None, "YAML or TOML file, or a shipped one (optical, fp8); stored as rules")
     calibrate_steps: int = setting(
         0,
         "forward passes on the first rows that fill backends' ranges",

@@ -22,7 +22,7 @@ from tests.compiled.conftest import Compile, Compiled
 def rounded(compile_step: Compile) -> Compiled:
     """Block linears and the head, with recomputed blocks; in float64 sums in another order round to the same fp8."""
     rules = ({"match": "*_proj", "use": "fp8"}, {"match": "lm_head", "use": "fp8", "scaling": "tensor"})
-    return compile_step("model.dtype=float64", "compile.recompute=block", "compile.head_chunks=1", rules=rules)
+    return compile_step("model.dtype=float64", "run.recompute=block", "compile.head_chunks=1", rules=rules)
 
 
 def test_losses_and_weights_follow_the_eager_twin_over_steps_of_two_microbatches(rounded: Compiled) -> None:
