@@ -49,6 +49,7 @@ def compiled_block(rule: dict[str, Any], folder: Path) -> tuple[Callable[[Tensor
     from compiled import lowering
     from compiled.capture import Sources, capture_stage
     from compiled.joining import join
+    from compiled.lowering_attention import attention_context
     from compiled.stages import stage_of
     from modelzoo.llama_block import ZooLlamaDecoderLayer
     from modelzoo.llama_config import ZooLlamaConfig
@@ -67,7 +68,7 @@ def compiled_block(rule: dict[str, Any], folder: Path) -> tuple[Callable[[Tensor
     given = {"hidden_states": hidden, "cos": cos, "sin": sin}
     sources = Sources(lowering.fake_mode(), torch.device("cuda"))
     fakes = {name: sources.like(tensor, requires_grad=name == "hidden_states") for name, tensor in given.items()}
-    with lowering.attention_context("cuda"), lowering.quiet_torch():
+    with attention_context("cuda"), lowering.quiet_torch():
         regions = capture_stage("block", stage, fakes, sources)
     runs = []
     for index, region in enumerate(regions):

@@ -61,12 +61,13 @@ def compiled_step(
     a random gradient: a region takes it in the layout of its own output only."""
     from compiled import lowering
     from compiled.capture import Sources, capture_stage
+    from compiled.lowering_attention import attention_context
     from compiled.stages import stage_of
 
     stage = stage_of("", layer, {id(parameter): name for name, parameter in layer.named_parameters()}, {"": ""})
     sources = Sources(lowering.fake_mode(), torch.device("cuda"))
     fakes = {name: sources.like(tensor, requires_grad=True) for name, tensor in inputs.items()}
-    with lowering.attention_context("cuda"), lowering.quiet_torch():
+    with attention_context("cuda"), lowering.quiet_torch():
         regions = capture_stage("layer", stage, fakes, sources)
     runs = []
     for index, region in enumerate(regions):

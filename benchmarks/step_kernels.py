@@ -178,9 +178,10 @@ def norm_backward(tile: tuple[int, int, int, int]) -> Run:
 def compiled(function: Run, inputs: list[Tensor], folder: Path) -> Run:
     """`function` traced and lowered as a region of an artifact is."""
     from compiled import lowering
+    from compiled.lowering_attention import attention_context
 
     fakes = fakes_like(inputs)
-    with lowering.attention_context("cuda"), lowering.quiet_torch():
+    with attention_context("cuda"), lowering.quiet_torch():
         return lowered(lowering.trace(function, fakes), fakes, folder)
 
 

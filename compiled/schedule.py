@@ -21,6 +21,7 @@ from compiled.capture_teacher import capture_teacher
 from compiled.capture_update import Optimizer
 from compiled.groups import add_updates, lookup_rows
 from compiled.joining import join
+from compiled.lowering_attention import attention_context, mistakes_attention_for_float32
 from compiled.spec import StepSpec
 from compiled.stages import Stage, StagedModel, make_stage, slots, structure
 
@@ -59,8 +60,8 @@ def capture_step(
     sources = Sources(lowering.fake_mode(), torch.device(device_type))
     for_others = spec.target.get("kind") == "mlir"
     calls = external_calls() if for_others else nullcontext()
-    as_products = for_others or lowering.mistakes_attention_for_float32(device_type, policy.compute)
-    with calls, lowering.attention_context(device_type, as_products=as_products), lowering.quiet_torch():
+    as_products = for_others or mistakes_attention_for_float32(device_type, policy.compute)
+    with calls, attention_context(device_type, as_products=as_products), lowering.quiet_torch():
         return _capture_step(model, spec, optimizers, policy, sources, teacher)
 
 
