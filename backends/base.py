@@ -72,7 +72,7 @@ class Backend:
 
     # "exact": the backward is the derivative of what forward computes.
     # "straight-through": the backward is that of the plain product (dX = dY W, dW = dYᵀ X), whatever forward rounds.
-    # "rounded": straight-through, and these two products take rounded operands themselves.
+    # "rounded": straight-through, and these two products take rounded operands themselves (by less than a tenth).
     gradient: ClassVar[Literal["exact", "straight-through", "rounded"]] = "exact"
     # Layers that read the same input may be one product over their weights, one below the other: `linear` computes each
     # output from its own row of the weight and from x, and keeps no state (see backends/joint.py).
