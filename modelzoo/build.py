@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,20 +44,25 @@ def build_model(
 
     Every parameter is drawn in float32 on the CPU from its own generator, which `seed` and the parameter's name decide:
     the numbers depend neither on the device, nor on how many there are, nor on other parameters; a model in another
-    dtype has the same weights, rounded. At most one parameter is held twice. `progress(done, total)` is called with
-    numbers drawn.
+    dtype has the same weights, rounded. As many are drawn at a time as PyTorch may use threads, since one thread draws
+    each; no more than these are held twice. `progress(done, total)` is called with numbers drawn.
     """
     if getattr(config, FIELD, None):
         raise UserError(f"This config tells of {FIELD}: it has to start from the weights of its own folder.")
     model = build_meta(config, dtype)
     parameters = dict(model.named_parameters())
     total, done = sum(parameter.numel() for parameter in parameters.values()), 0
-    for name, parameter in parameters.items():
-        values = _initial_values(model, name, tuple(parameter.shape), seed)
-        put_parameter(model, name, values.to(device=device, dtype=parameter.dtype))
-        done += parameter.numel()
-        if progress is not None:
-            progress(done, total)
+
+    def drawn(name: str) -> tuple[str, Tensor]:
+        values = _initial_values(model, name, tuple(parameters[name].shape), seed)
+        return name, values.to(device=device, dtype=parameters[name].dtype)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for name, values in pool.map(drawn, parameters):
+            put_parameter(model, name, values)
+            done += values.numel()
+            if progress is not None:
+                progress(done, total)
     finish(model)
     return model
 

@@ -18,7 +18,14 @@ def load_weights(config: TrainConfig, model_config: Any, device: torch.device) -
     """The model of `model_config` on `device`, every layer given its backend and update. UserError for a bad folder."""
     folder = config.checkpoint.model_name_or_path
     if folder is None:
-        model = modelzoo.build_model(model_config, device=device, dtype=config.model.dtype, seed=config.training.seed)
+        with Progress(None, "Drawing random weights", "numbers", mode=config.logging.progress) as progress:
+            model = modelzoo.build_model(
+                model_config,
+                device=device,
+                dtype=config.model.dtype,
+                seed=config.training.seed,
+                progress=progress.show,
+            )
     else:
         with Progress(None, f"Loading {folder}", "bytes", mode=config.logging.progress) as progress:
             model = modelzoo.load_model(
