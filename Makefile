@@ -50,11 +50,12 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 # The demo: settings that both commands share, so that the artifact fits the run.
 DEMO := outputs/demo
 DEMO_STEPS ?= 500
+DEMO_TEXT ?= corpus
 DEMO_SETTINGS := checkpoint.config_name=demo model.max_seq_length=256 training.batch_size=8 compile.output_dir=$(DEMO)/artifacts
 
 demo: $(INSTALLED)
 	@rm -rf $(DEMO)
-	$(PY) apps/prepare_data.py output_dir=$(DEMO)/dataset max_seq_length=256 vocab_size=4096
+	$(PY) apps/prepare_data.py input=$(DEMO_TEXT) output_dir=$(DEMO)/dataset max_seq_length=256 vocab_size=4096
 	$(PY) apps/train_llm.py command=compile $(DEMO_SETTINGS)
 	$(PY) apps/train_llm.py command=run $(DEMO_SETTINGS) training.dataset=$(DEMO)/dataset training.output_dir=$(DEMO)/run \
 		training.max_steps=$(DEMO_STEPS) optimizer.lr=2e-3 optimizer.beta2=0.95 schedule.warmup_steps=30 logging.every=20
