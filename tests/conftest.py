@@ -35,7 +35,10 @@ def share_compiled_code() -> "tempfile.TemporaryDirectory[str] | None":
     # since Inductor asks the name whether it is GCC.
     script = Path(ROOT, ".pytest_cache", Path(compiler).name)
     script.parent.mkdir(exist_ok=True)
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{ROOT}/tests/compiler_cache.py" "$@"\n')
+    through_cache = f'"{sys.executable}" -IS "{ROOT}/tests/compiler_cache.py"'
+    script.write_text(  # what is not kept needs no Python: versions, headers, weights
+        f'#!/bin/sh\ncase "$*" in *.cpp*|*.wrapper.o*) exec {through_cache} "$@";; esac\nexec "{compiler}" "$@"\n'
+    )
     script.chmod(0o755)
     folder = tempfile.TemporaryDirectory(prefix="substrate-tests-")
     os.environ.update(TESTS_CXX=compiler, TESTS_CXX_FOLDER=folder.name, CXX=str(script))
