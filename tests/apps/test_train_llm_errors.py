@@ -157,7 +157,7 @@ PROJECTION = r"model\.layers\.[0-9]+\.self_attn\.(q|k|v|o)_proj"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "Cannot read rules file rules.yaml: there is no such file. These ship here: optical.yaml, "),
+        (None, "Cannot read rules file rules.yaml: there is no such file. These ship here: fp8.yaml, optical.yaml, "),
         ("", "Rules file rules.yaml holds nothing. Expected a list of rules, or one of the keys rules, layer_name_to_"),
         ("model: {}", "Rules file rules.yaml holds the keys model. Expected a list of rules"),
         ("- {match: '*.mlp.*', use: dens}", "Rule 0 of rules file rules.yaml: Unknown backend 'dens'. Did you mean "),
