@@ -45,6 +45,7 @@ class Sources:
 
     mode: FakeTensorMode
     device: torch.device
+    keeps_cheap: bool = True  # activations that a pass over memory would make again
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, requires_grad: bool = False) -> Tensor:
         with self.mode:
@@ -108,7 +109,9 @@ def capture_stage(
     if not any(tensor.requires_grad for tensor in inputs.values()):
         return capture_function(f"{name}_forward", forward, inputs, outputs), None
     joint = lowering.trace_joint(forward, list(inputs.values()))
-    forward_graph, backward_graph = lowering.split_joint(joint, len(outputs), len(stage.tensors()))
+    forward_graph, backward_graph = lowering.split_joint(
+        joint, len(outputs), len(stage.tensors()), keeps_cheap=sources.keeps_cheap
+    )
     return _name_crossing(name, forward_graph, backward_graph, inputs, outputs, set(stage.tensors()))
 
 

@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 
 from backends.errors import UserError
 from backends.kernels.in_capture import kernels_in_capture
+from compiled.dear_activations import compute_cheap_ones_again
 from compiled.lowering_pieces import pieces_in_place
 from compiled.lowering_products import any_weight, give_to_onednn, store_fp8_operands_once
 from compiled.regions import RunFunction
@@ -72,16 +73,20 @@ def _without_assertions(graph: GraphModule) -> GraphModule:
     return graph
 
 
-def split_joint(joint: GraphModule, num_outputs: int, num_parameters: int = 0) -> tuple[GraphModule, GraphModule]:
+def split_joint(
+    joint: GraphModule, num_outputs: int, num_parameters: int = 0, *, keeps_cheap: bool = True
+) -> tuple[GraphModule, GraphModule]:
     """Min-cut the joint graph into forward and backward so that few and small activations cross between them.
 
-    The first `num_parameters` inputs are the stage's parameters.
+    The first `num_parameters` inputs are the stage's parameters. `keeps_cheap`: see `compute_cheap_ones_again`.
     """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
     joint_graph_passes(joint)
     round_weights_again(joint, num_parameters)
+    if not keeps_cheap:
+        compute_cheap_ones_again(joint)
     return min_cut_rematerialization_partition(joint, None, compiler="inductor", num_fwd_outputs=num_outputs)
 
 

@@ -57,7 +57,7 @@ def capture_step(
     predictions are learned too.
     """
     device_type = spec.device["kind"]
-    sources = Sources(lowering.fake_mode(), torch.device(device_type))
+    sources = Sources(lowering.fake_mode(), torch.device(device_type), keeps_cheap=spec.activations == "all")
     for_others = spec.target.get("kind") == "mlir"
     calls = external_calls() if for_others else nullcontext()
     as_products = for_others or mistakes_attention_for_float32(device_type, policy.compute)

@@ -53,6 +53,7 @@ class StepSpec:
     optimizer: dict[str, Any]
     device: dict[str, Any]
     versions: dict[str, str]
+    activations: str = "all"  # what a block keeps for its backward; dear: what a pass over memory does not make again
     deterministic: bool = True  # every run gives the same bits; on a CPU always
     lora: dict[str, Any] = field(default_factory=dict)  # rank, alpha, layers and norms; empty: every weight is trained
     skips_nonfinite: bool = False  # the update can be told to leave everything as it is

@@ -137,6 +137,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         optimizer=_optimizer_fields(config.optimizer.name, groups),
         device=describe_device(kind),
         versions=describe_versions(kind) | {"source": _source_fingerprint()},
+        activations=config.compile.activations,
         deterministic=kind == "cpu" or config.training.deterministic,
         lora=spec_fields(updates),
         skips_nonfinite=config.training.max_nonfinite_steps > 0,
