@@ -22,8 +22,8 @@ CASES: list[tuple[tuple[str, ...], dict[str, Any]]] = [
 ]
 
 
-def step_of(plan_of: PlanOf, *settings: str, **fields: Any) -> Compiled:
-    plan = plan_of("model.dtype=float64", *settings, **fields)
+def step_of(plan_of: PlanOf, *settings: str, dtype: str = "float64", **fields: Any) -> Compiled:
+    plan = plan_of(f"model.dtype={dtype}", *settings, **fields)
     return Compiled(plan, InterpretedArtifact(plan), [])  # type: ignore[arg-type]
 
 
@@ -42,7 +42,8 @@ def on_gpu_too(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
 
 @pytest.mark.parametrize("kind", ["apart", "joined"])
 def test_both_norms_results_and_the_gated_product_are_not_kept(plan_of: PlanOf, kind: str) -> None:
-    everything, dear = step_of(plan_of), step_of(plan_of, "compile.activations=dear")
+    # in float32: with torch 2.11, attention in float64 is not one operator
+    everything, dear = (step_of(plan_of, f"compile.activations={which}", dtype="float32") for which in ("all", "dear"))
     assert saved(everything) - saved(dear) == TOKENS * (2 * HIDDEN + INNER)
     assert everything.plan.spec.key != dear.plan.spec.key
 
