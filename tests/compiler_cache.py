@@ -29,7 +29,7 @@ def main(compiler: str, folder: Path, arguments: list[str]) -> int:
         return run(compiler, arguments)
     output = Path(arguments[arguments.index("-o") + 1])
     kept = folder / key(compiler, arguments, inputs)
-    if is_wrapper(inputs, arguments):
+    if is_wrapper(compiler, inputs, arguments):
         command_of(output).write_text(json.dumps(arguments))
     with locked(kept):  # who comes second waits: cheaper than to compile side by side
         if not kept.exists():
@@ -47,7 +47,7 @@ def main(compiler: str, folder: Path, arguments: list[str]) -> int:
 
 def make(compiler: str, folder: Path, arguments: list[str], inputs: Sequence[Path]) -> int:
     """Compile or link: a wrapper without templates, then its library with those that wrappers before it have left."""
-    if is_wrapper(inputs, arguments):
+    if is_wrapper(compiler, inputs, arguments):
         return run(compiler, [*arguments, *WITHOUT_TEMPLATES])
     command = next((json.loads(command_of(p).read_text()) for p in inputs if command_of(p).exists()), None)
     if "-shared" not in arguments or command is None:
@@ -78,9 +78,10 @@ def add_templates(compiler: str, command: list[str], templates: Path) -> None:
         os.rename(part, templates)
 
 
-def is_wrapper(inputs: Sequence[Path], arguments: list[str]) -> bool:
-    """Optimised ones are left alone: which templates have code of their own is then another matter in each."""
-    return inputs[0].name.endswith(".wrapper.cpp") and "-O0" in arguments
+def is_wrapper(compiler: str, inputs: Sequence[Path], arguments: list[str]) -> bool:
+    """Optimised ones are left alone, since which templates have code of their own is then another matter in each; and
+    so is what other compilers than GCC compile, which know no such flags."""
+    return inputs[0].name.endswith(".wrapper.cpp") and "-O0" in arguments and "g++" in Path(compiler).name
 
 
 def command_of(wrapper: Path) -> Path:
