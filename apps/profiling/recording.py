@@ -34,10 +34,10 @@ def record(step: Callable[[], object], steps: int, device: torch.device, trace: 
         wait(device)
         seconds.append(time.perf_counter() - began)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities):  # the first profile of a process sets the profiler up
+    with profile(activities=activities, acc_events=True):  # the first profile of a process sets the profiler up
         step()
         wait(device)
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(steps):  # the host runs ahead of the device, as in training
             with record_function(STEP):
                 step()
