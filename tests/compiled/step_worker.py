@@ -4,6 +4,7 @@ python step_worker.py RANK WORLD_SIZE FOLDER     FOLDER/job.json says what to do
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]
         "weights": {name: weight.detach() for name, weight in model.named_parameters()},
         "state": program.optimizer_state(),
     }
+
+
+def run_job(cases: dict[str, dict[str, Any]], world_size: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Start so many workers, which run every case; what each of them found, by case. Most of it is starting them."""
+    (folder / "job.json").write_text(json.dumps(cases))
+    started = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(world_size), folder]) for rank in range(world_size)
+    ]
+    assert [worker.wait(timeout=300) for worker in started] == [0] * world_size
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world_size)] for name in cases}
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:

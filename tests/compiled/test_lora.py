@@ -1,8 +1,5 @@
 """The compiled step with low-rank updates: regions over frozen weights, groups without a parameter, workers."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from apps.training.step_plan import StepPlan
 from compiled.capture import Captured
 from compiled.schedule import Schedule, capture_step
 from tests.compiled.conftest import Compile, Compiled
-from tests.compiled.step_worker import STEPS, table, whole_batch
+from tests.compiled.step_worker import STEPS, run_job, table, whole_batch
 from tests.compiled.test_many_workers import distance, settings_of
 
 SETTINGS = ("model.dtype=float64", "lora.r=4", "lora.alpha=8", "compile.head_chunks=4")
@@ -105,21 +102,16 @@ def test_norms_and_the_head_train_too_and_recompute_changes_nothing(compile_step
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shards", [False, True], ids=["whole", "zero-1"])
-def test_two_workers_equal_one(updates: Compiled, shards: bool, tmp_path: Path) -> None:
+def test_two_workers_equal_one(updates: Compiled, tmp_path: Path) -> None:
+    """With the optimizer's state whole, and shared out (ZeRO-1)."""
     case: dict[str, Any] = {
         "settings": [*settings_of(updates), *SETTINGS[1:]],
         "artifact": str(updates.artifact.path),
         "accumulation": 2,
         "clip": 0.05,
-        "shards": shards,
         "bucket_bytes": 1,
     }
-    (tmp_path / "job.json").write_text(json.dumps({"lora": case}))
-    script = Path(__file__).with_name("step_worker.py")
-    workers = [subprocess.Popen([sys.executable, script, str(rank), "2", tmp_path]) for rank in range(2)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    found = [torch.load(tmp_path / f"lora-{rank}.pt") for rank in range(2)]
+    job = run_job({name: case | {"shards": name == "zero-1"} for name in ("whole", "zero-1")}, 2, tmp_path)
 
     model = updates.model()
     twin = EagerProgram(model, precision=updates.plan.precision)
@@ -127,11 +119,12 @@ def test_two_workers_equal_one(updates: Compiled, shards: bool, tmp_path: Path) 
     for step in range(1, STEPS + 1):
         batch = whole_batch(updates.plan, rows, step)
         expected = twin.train_step([batch], table(updates.plan, model, step), 0.05)
-        for worker in found:
+        for worker in (*job["whole"], *job["zero-1"]):
             assert worker["losses"][step - 1].item() == pytest.approx(expected.loss.item(), rel=1e-10)
             assert worker["norms"][step - 1].item() == pytest.approx(expected.grad_norm.item(), rel=1e-10)
     weights: dict[str, Tensor] = dict(model.named_parameters())
-    for worker in found:
+    for worker in (*job["whole"], *job["zero-1"]):
         assert all(distance(worker["weights"][name], weight) <= 1e-8 for name, weight in weights.items())
-    held = [key for worker in found for key in worker["state"]]
-    assert len(held) == len(set(held)) * (1 if shards else 2)
+    for name, holders in (("whole", 2), ("zero-1", 1)):
+        held = [key for worker in job[name] for key in worker["state"]]
+        assert len(held) == len(set(held)) * holders

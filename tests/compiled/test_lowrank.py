@@ -1,8 +1,5 @@
 """The compiled step over low-rank layers: regions of two thin products, the eager twin, workers."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from apps.training.step_plan import StepPlan
 from compiled.capture import Captured
 from compiled.schedule import Schedule, capture_step
 from tests.compiled.conftest import Compile, Compiled
-from tests.compiled.step_worker import STEPS, table, whole_batch
+from tests.compiled.step_worker import STEPS, run_job, table, whole_batch
 from tests.compiled.test_many_workers import distance, settings_of
 
 RULES = ({"match": "*.k_proj", "use": "lowrank", "rank": 3, "bias": True}, {"match": "*_proj", "use": "lowrank"})
@@ -77,30 +74,25 @@ def test_training_equals_the_eager_twin(thin: Compiled, clip: float | None, micr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shards", [False, True], ids=["whole", "zero-1"])
-def test_two_workers_equal_one(thin: Compiled, shards: bool, tmp_path: Path) -> None:
+def test_two_workers_equal_one(thin: Compiled, tmp_path: Path) -> None:
+    """With the optimizer's state whole, and shared out (ZeRO-1)."""
     case: dict[str, Any] = {
         "settings": [*settings_of(thin), *SETTINGS[1:]],
         "artifact": str(thin.artifact.path),
         "accumulation": 2,
         "clip": 0.05,
-        "shards": shards,
         "bucket_bytes": 1,
     }
-    (tmp_path / "job.json").write_text(json.dumps({"thin": case}))
-    script = Path(__file__).with_name("step_worker.py")
-    workers = [subprocess.Popen([sys.executable, script, str(rank), "2", tmp_path]) for rank in range(2)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    found = [torch.load(tmp_path / f"thin-{rank}.pt") for rank in range(2)]
+    job = run_job({name: case | {"shards": name == "zero-1"} for name in ("whole", "zero-1")}, 2, tmp_path)
 
     model = thin.model()
     twin = EagerProgram(model, precision=thin.plan.precision)
     for step in range(1, STEPS + 1):
         batch = whole_batch(thin.plan, thin.plan.spec.batch_size * 4, step)
         expected = twin.train_step([batch], table(thin.plan, model, step), 0.05)
-        for worker in found:
+        for worker in (*job["whole"], *job["zero-1"]):
             assert worker["losses"][step - 1].item() == pytest.approx(expected.loss.item(), rel=1e-10)
             assert worker["norms"][step - 1].item() == pytest.approx(expected.grad_norm.item(), rel=1e-10)
     weights: dict[str, Tensor] = dict(model.named_parameters())
-    for worker in found:
+    for worker in (*job["whole"], *job["zero-1"]):
         assert all(distance(worker["weights"][name], weight) <= 1e-8 for name, weight in weights.items())

@@ -1,9 +1,6 @@
 """A step over several processes through the artifact against plain autograd on the whole batch in one."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +10,7 @@ from torch import Tensor
 from apps.training.eager_program import EagerProgram
 from compiled.measuring import COLUMNS
 from tests.compiled.conftest import Compile, Compiled
-from tests.compiled.step_worker import STEPS, table, whole_batch
+from tests.compiled.step_worker import STEPS, run_job, table, whole_batch
 
 # Statistics that the whole batch decides, and noise that a row's place in it decides.
 STATEFUL = ({"match": "*_proj", "use": "tests.backends.delayed_backend:DelayedBackend"},)
@@ -54,14 +51,7 @@ def job(request: pytest.FixtureRequest, compile_step: Compile, tmp_path_factory:
             "shards": shards,
             "bucket_bytes": 1 if accumulation == 1 else 2**20,  # a group at a time, or all together
         }
-    (folder / "job.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("step_worker.py")
-    workers = [
-        subprocess.Popen([sys.executable, script, str(rank), str(world_size), folder]) for rank in range(world_size)
-    ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0] * world_size
-    results = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world_size)] for name in cases}
-    return world_size, results
+    return world_size, run_job(cases, world_size, folder)
 
 
 def settings_of(compiled: Compiled) -> list[str]:

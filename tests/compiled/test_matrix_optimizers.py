@@ -1,8 +1,5 @@
 """Muon and Mango through the artifact: the published formulas over whole runs, a resume, workers that share blocks."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from torch import Tensor
 from backends.errors import UserError
 from tests.compiled.conftest import Compile, Compiled
 from tests.compiled.step_worker import STEPS as WORKER_STEPS
-from tests.compiled.step_worker import share, table, whole_batch
+from tests.compiled.step_worker import run_job, share, table, whole_batch
 from tests.compiled.test_many_workers import settings_of
 
 STEPS, PEAK = 50, 0.02
@@ -135,11 +132,7 @@ def test_two_workers_that_share_the_blocks_out_equal_one(compiled: tuple[str, Co
         "shards": True,
         "bucket_bytes": 1,
     }
-    (tmp_path / "job.json").write_text(json.dumps({"case": case}))
-    script = Path(__file__).with_name("step_worker.py")
-    workers = [subprocess.Popen([sys.executable, script, str(rank), "2", tmp_path]) for rank in range(2)]
-    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-    found = [torch.load(tmp_path / f"case-{rank}.pt") for rank in range(2)]
+    found = run_job({"case": case}, 2, tmp_path)["case"]
 
     model = step.model()
     program, rows = step.program(model, stats_every=1), 2 * step.plan.spec.batch_size  # as the workers'

@@ -2,8 +2,6 @@
 resume, and two workers that share the state out."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from apps.training.eager_program import EagerProgram
 from tests.apps.training.optimizers.references import Reference, decoupled, optaxs, torchs
 from tests.compiled.conftest import Compile, Compiled
+from tests.compiled.step_worker import run_job
 from tests.compiled.test_many_workers import settings_of
 
 # pattern → optimizer, settings, and the same in another's words
@@ -133,16 +132,6 @@ def test_a_resumed_run_ends_with_the_same_bits(mixed: Compiled) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def run_workers(cases: dict[str, dict[str, Any]], world_size: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    (folder / "job.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("step_worker.py")
-    workers = [
-        subprocess.Popen([sys.executable, script, str(rank), str(world_size), folder]) for rank in range(world_size)
-    ]
-    assert [worker.wait(timeout=300) for worker in workers] == [0] * world_size
-    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world_size)] for name in cases}
-
-
 def case_of(compiled: Compiled, *settings: str, accumulation: int = 1, shards: bool = False) -> dict[str, Any]:
     return {
         "settings": [*settings_of(compiled), *settings],
@@ -159,8 +148,8 @@ def test_two_workers_that_share_whole_parameters_out_equal_one(mixed: Compiled, 
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         folder.mkdir()
-    alone = run_workers({"alone": case_of(mixed, *SETTINGS, accumulation=2)}, 1, folders[0])["alone"][0]
-    found = run_workers(
+    alone = run_job({"alone": case_of(mixed, *SETTINGS, accumulation=2)}, 1, folders[0])["alone"][0]
+    found = run_job(
         {"whole": case_of(mixed, *SETTINGS), "shared": case_of(mixed, *SETTINGS, shards=True)}, 2, folders[1]
     )
     for name, workers in found.items():
@@ -221,7 +210,7 @@ def test_stochastic_rounding_is_the_same_in_whichever_worker_a_parameter_lies(
 ) -> None:
     given = ("optimizer.master_weights=stochastic",)
     cases = {"whole": case_of(stochastic, *given), "shared": case_of(stochastic, *given, shards=True)}
-    found = run_workers(cases, 2, tmp_path)
+    found = run_job(cases, 2, tmp_path)
     for key, value in found["whole"][0]["weights"].items():
         for worker in (found["whole"][1], *found["shared"]):
             assert torch.equal(worker["weights"][key], value), key
