@@ -141,7 +141,7 @@ def test_a_model_that_does_not_fit_into_memory(refused: Refused) -> None:
 
 
 def test_a_batch_that_does_not_fit_into_memory(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda device, local_world_size: 8 * 2**20)
+    monkeypatch.setattr(memory, "available_memory", lambda device, local_world_size, at_most_gib: 8 * 2**20)
     assert "Lower training.batch_size" in refused(training__batch_size="64")
 
 
