@@ -166,7 +166,7 @@ class RunConfig:
     cuda_graph: Literal["auto", "on", "off"] = setting("auto", "replay the step as one CUDA graph")
     num_threads: int | None = setting(None, "CPU threads; null: one for each core", at_least=1)
     recompute: Literal["auto", "none", "block"] = setting(
-        "auto", "blocks computed again before their backward: all, none, or as many as memory asks for"
+        "auto", "blocks to compute again: all, none, or what memory asks for"
     )
     memory_gib: float | None = setting(None, "GiB a worker may take; null: what its device has free", above=0)
     peak_flops: float | None = setting(None, "a worker's peak in FLOP/s, for MFU; null: known cards' own", above=0)
