@@ -153,7 +153,7 @@ class CompileConfig:
     verbose: bool = setting(False, "print each region's graph size, saved activations, kernels, seconds")
     debug: bool = setting(False, "keep the graphs and the generated code in a folder")
     activations: Literal["all", "dear"] = setting(
-        "all", "what blocks keep for their backward; dear: not what elementwise operators make again"
+        "all", "what blocks keep for the backward; dear: not elementwise results"
     )
     head_chunks: int | None = setting(None, "pieces the loss is computed in; null: chosen from the sizes", at_least=1)
     workers: int | None = setting(None, "regions compiled at a time; null: one for each core", at_least=1)
