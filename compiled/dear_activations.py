@@ -5,17 +5,6 @@ from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
-VIEWS = {
-    torch.ops.aten.view.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.permute.default,
-    torch.ops.aten.t.default,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.unsqueeze.default,
-    torch.ops.aten.expand.default,
-    torch.ops.aten.clone.default,
-    torch.ops.prims.convert_element_type.default,
-}
 
 
 def compute_cheap_ones_again(joint: GraphModule) -> None:
@@ -43,4 +32,4 @@ def _is_cheap(node: Node) -> bool:
     operator = node.target
     if not isinstance(operator, torch._ops.OpOverload):
         return False
-    return operator in VIEWS or torch.Tag.pointwise in operator.tags
+    return operator.is_view or torch.Tag.pointwise in operator.tags

@@ -198,7 +198,8 @@ def _memory(
         )
         teacher = plan.bare_teacher()
         whole = replace(whole, teacher=0 if teacher is None else sum(each.nbytes for each in teacher.parameters()))
-    if artifact is not None and training.max_grad_norm is None and not training.max_nonfinite_steps and not several:
+    waits = training.max_grad_norm is not None or training.max_nonfinite_steps > 0  # for all gradients, to judge them
+    if artifact is not None and not (several or waits or artifact.manifest["optimizer"]["totals"]):
         whole = replace(whole, gradients=whole.gradients * 2 * _largest_group(artifact, plan) // plan.num_trained)
     mine = of_one_worker(whole, plan.num_trained, world_size, shards=training.shard_optimizer)
     if config.logging.stats_every is not None:

@@ -71,7 +71,7 @@ def test_the_nearest_artifact_is_shown_with_the_fields_that_differ(
 def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig, plan: StepPlan) -> None:
     parameters = sum(parameter.numel() for parameter in plan.model.parameters())
     cost = {"hidden_bytes": 10, "saved_bytes": [100, 300, 200], "head_bytes": 24}
-    state = {"state_elements": 2 * parameters}
+    state: dict[str, object] = {"state_elements": 2 * parameters, "totals": []}
     artifact = Artifact(
         Path("a.substrate"),
         {
@@ -101,6 +101,11 @@ def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig
     unclipped = dataclasses.replace(config, training=dataclasses.replace(config.training, max_grad_norm=None))
     found = run_memory(unclipped, plan, artifact, accumulation=1, world_size=1, free=10**12)
     assert found.gradients == pytest.approx(2 * 4 * largest, abs=4)
+    state["totals"] = [["every", "total"]]  # of a rule that sums over all groups before it updates any
+    assert (
+        run_memory(unclipped, plan, artifact, accumulation=1, world_size=1, free=10**12).gradients == needed.gradients
+    )
+    state["totals"] = []
 
     rest = needed.total - 600
     assert chosen("none", 0) == (0, 600)
