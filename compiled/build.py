@@ -21,6 +21,7 @@ from compiled.mlir.whole_step_arguments import StepArguments
 from compiled.parallel import Report, lower_all
 from compiled.regions import RegionSpec
 from compiled.schedule import Schedule, capture_step
+from compiled.spawned import SpawnedWorkers
 from compiled.spec import StepSpec
 from compiled.stages import StagedModel
 
@@ -38,6 +39,7 @@ def build(
     report: Report = lambda spec, done, total: None,
     mlir: MlirOptions | None = None,
     floor: Mapping[str, Any] | None = None,
+    spawned: SpawnedWorkers | None = None,
 ) -> bytes:
     """Compile the train step of `model` (on the meta device) for `spec` and return the artifact's bytes.
 
@@ -46,7 +48,7 @@ def build(
     every layer its backend, for people who inspect the artifact; what a run is compared with is in `spec`. `workers`
     processes lower regions side by side (None: one for each core). `debug` keeps graphs and generated code in that
     folder. `mlir`: modules for another compiler in place of machine code. `floor`: what was measured of this machine
-    for runs to be compared with, kept as it is.
+    for runs to be compared with, kept as it is. `spawned`: processes that lower CUDA regions side by side.
     """
     started = time.perf_counter()
     if mlir is None:
@@ -64,7 +66,7 @@ def build(
         _keep(debug, files)
     parts: dict[str, Any] = {} if floor is None else {"floor": dict(floor)}
     if mlir is None:
-        files |= _machine_code(regions, spec, workers, debug, report)
+        files |= _machine_code(regions, spec, workers, debug, report, spawned)
     else:
         whole = None
         if mlir.whole_step:
@@ -89,7 +91,12 @@ def build(
 
 
 def _machine_code(
-    regions: Mapping[str, Captured], spec: StepSpec, workers: int | None, debug: Path | None, report: Report
+    regions: Mapping[str, Captured],
+    spec: StepSpec,
+    workers: int | None,
+    debug: Path | None,
+    report: Report,
+    spawned: SpawnedWorkers | None,
 ) -> dict[str, bytes]:
     """Lower every region; the artifact's members, with their names and digests filled in in the regions' specs."""
     files = {}
@@ -97,7 +104,7 @@ def _machine_code(
         tempfile.TemporaryDirectory(prefix="substrate-compile-") as folder,
         lowering.determinism(spec.deterministic),
     ):
-        lower_all(dict(regions), spec.device["kind"], Path(folder), workers, debug, report)
+        lower_all(dict(regions), spec.device["kind"], Path(folder), workers, debug, report, spawned)
         for name, captured in regions.items():
             region = captured.spec
             region.file = f"regions/{name}"

@@ -152,11 +152,18 @@ def prepare_forks() -> None:
         pick_vec_isa()
 
 
-def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: Path, debug: Path | None = None) -> int:
+def lower(
+    graph: GraphModule,
+    inputs: Sequence[Tensor],
+    device_type: str,
+    path: Path,
+    debug: Path | None = None,
+    device_turns: contextlib.AbstractContextManager[Any] | None = None,
+) -> int:
     """Compile `graph` for `device_type` into the file `path`; returns the number of kernels the compiler made.
 
     `inputs` are (fake) tensors that fix shape, dtype, stride and device. With `debug` the generated code is kept in
-    that folder.
+    that folder. `device_turns` is entered while kernels are tried on a GPU.
     """
     from torch._inductor import config, metrics
 
@@ -170,7 +177,10 @@ def lower(graph: GraphModule, inputs: Sequence[Tensor], device_type: str, path: 
             options |= {"trace.enabled": True, "trace.debug_dir": str(debug)}
         stack.enter_context(config.patch(options))
         stack.enter_context(quiet_torch())
-        (_lower_cuda if device_type == "cuda" else _lower_cpu)(graph, inputs, path)
+        if device_type == "cuda":
+            _lower_cuda(graph, inputs, path, device_turns or contextlib.nullcontext())
+        else:
+            _lower_cpu(graph, inputs, path)
     return int(metrics.generated_kernel_count)
 
 
@@ -188,7 +198,9 @@ def _lower_cpu(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None
         path.write_bytes(Path(str(library)).read_bytes())
 
 
-def _lower_cuda(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None:
+def _lower_cuda(
+    graph: GraphModule, inputs: Sequence[Tensor], path: Path, device_turns: contextlib.AbstractContextManager[Any]
+) -> None:
     from torch._inductor import standalone_compile
 
     store_fp8_operands_once()
@@ -196,8 +208,10 @@ def _lower_cuda(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> Non
         compiled: Any = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
         # One run lets every kernel choose among its launch configurations; compiled again (from the cache, in no time),
         # the bundle holds the choices too, and a training run neither tries them anew nor may choose differently.
-        compiled(*(_example(tensor) for tensor in inputs))
-        torch.cuda.synchronize()
+        with device_turns:
+            compiled(*(_example(tensor) for tensor in inputs))
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # others try theirs next
         compiled = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
     compiled.save(path=str(path), format="binary")
 
@@ -282,8 +296,3 @@ def graph_text(graph: GraphModule) -> str:
 def node_value(node: Node) -> Tensor:
     """The fake tensor a node of a traced graph stands for."""
     return node.meta["val"]
-
-
-def compile_threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0))

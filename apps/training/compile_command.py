@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apps.training.config_schema import TrainConfig
+from apps.training.config_schema import CompileConfig, TrainConfig
 from apps.training.files import atomic_path, require_writable
 from apps.training.floor import Floor, measure_floor
 from apps.training.memory import compiled_estimate, gibibytes
@@ -23,6 +24,7 @@ from compiled.mlir.extra import require_extra
 from compiled.mlir.isolation import Limits
 from compiled.mlir.lowering import MlirOptions
 from compiled.regions import RegionSpec
+from compiled.spawned import MOST, SpawnedWorkers, compile_threads
 
 
 def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
@@ -32,7 +34,24 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
     if config.compile.target == "mlir":
         require_extra("torch_mlir")
     debug = debug_folder(target) if config.compile.debug else None
-    floor = measured_floor(plan)
+    with compilers_of(plan.spec.device["kind"], config.compile) as spawned:
+        floor = measured_floor(plan)
+        content = compiled_step(config, plan, debug, floor, spawned)
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(content)
+    return open_artifact(target)
+
+
+def compilers_of(kind: str, settings: CompileConfig) -> AbstractContextManager[SpawnedWorkers | None]:
+    """Processes for the compiler of a GPU, which start while the floor is measured and the step is traced."""
+    count = min(settings.workers or compile_threads(), MOST)
+    return nullcontext() if kind == "cpu" or settings.target == "mlir" or count == 1 else SpawnedWorkers(count)
+
+
+def compiled_step(
+    config: TrainConfig, plan: StepPlan, debug: Path | None, floor: Floor | None, spawned: SpawnedWorkers | None
+) -> bytes:
+    """The artifact's bytes; shows progress."""
     # from before the tracing, so that the first region's time counts; how many there are is known with the first
     with Progress(None, "Compiling", "regions", mode=config.logging.progress) as progress:
 
@@ -40,7 +59,7 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
             progress.total = total
             progress.update(1, last=region.name)
 
-        content = build(
+        return build(
             plan.model,
             plan.spec,
             plan.optimizers,
@@ -52,10 +71,8 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
             report=report,
             mlir=mlir_options(config),
             floor=None if floor is None else floor.to_json(),
+            spawned=spawned,
         )
-    with atomic_path(target) as temporary:
-        temporary.write_bytes(content)
-    return open_artifact(target)
 
 
 def measured_floor(plan: StepPlan) -> Floor | None:

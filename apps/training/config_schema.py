@@ -156,7 +156,9 @@ class CompileConfig:
         "all", "what blocks keep for the backward; dear: not elementwise results"
     )
     head_chunks: int | None = setting(None, "pieces the loss is computed in; null: chosen from the sizes", at_least=1)
-    workers: int | None = setting(None, "regions compiled at a time; null: one for each core", at_least=1)
+    workers: int | None = setting(
+        None, "regions compiled at a time; null: one for each core, at most 8 for a GPU", at_least=1
+    )
     mlir: MlirConfig = field(default_factory=MlirConfig)
 
 

@@ -43,7 +43,7 @@ def cross_entropy_and_gradient(
     logits [T, V]; labels int64 [T], one outside 0 … V − 1 counts as a logit of 0; grad_scale [T], where it is 0 so
     are all three; the two numbers 0-d. CE and objective are float32, the objective empty without the two numbers.
     """
-    _register()
+    register()
     return torch.ops.substrate.cross_entropy_gradient(logits, labels, grad_scale, label_smoothing, z_loss)
 
 
@@ -74,7 +74,7 @@ def tiles(vocabulary: int) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _register() -> None:
+def register() -> None:
     """Define substrate::cross_entropy_gradient."""
     from torch.library import triton_op
 

@@ -53,7 +53,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _register()
+        register()
         trains_weight = ctx.needs_input_grad[1]
         grad_x, grad_weight = torch.ops.substrate.rms_norm_backward(grad, None, *ctx.saved_tensors, trains_weight)
         return grad_x, grad_weight if trains_weight else None, None, None, None
@@ -88,7 +88,7 @@ def tiles(width: int) -> tuple[int, int, int, int]:
 
 
 @functools.cache
-def _register() -> None:
+def register() -> None:
     """Define substrate::rms_norm_backward."""
     from torch.library import triton_op
 

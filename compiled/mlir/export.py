@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from compiled import lowering as inductor
 from compiled.capture import Captured
 from compiled.mlir.binaries import compile_modules
 from compiled.mlir.extra import require_extra
@@ -18,6 +17,7 @@ from compiled.mlir.whole_step import WholeStep
 from compiled.parallel import Report
 from compiled.regions import RegionSpec, TensorSpec
 from compiled.schedule import Schedule
+from compiled.spawned import compile_threads
 
 FOLDER = "mlir"
 
@@ -35,7 +35,7 @@ def module_files(
     `whole`: the step that is to be a module of its own, beside the regions.
     """
     require_extra("torch_mlir")
-    jobs = min(workers or inductor.compile_threads(), len(regions))
+    jobs = min(workers or compile_threads(), len(regions))
     done = 0
 
     def finished(name: str, outcome: Outcome) -> None:

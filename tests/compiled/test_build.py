@@ -54,7 +54,9 @@ def test_the_manifest_describes_what_was_compiled(tiny: Compiled) -> None:
 def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machine code of a kilobyte each, so that what else is in an artifact can be seen quickly."""
 
-    def lower_all(regions: dict[str, Captured], kind: str, folder: Path, workers: Any, debug: Any, report: Any) -> None:
+    def lower_all(
+        regions: dict[str, Captured], kind: str, folder: Path, workers: Any, debug: Any, report: Any, *_: Any
+    ) -> None:
         for name in regions:
             (folder / name).write_bytes(name.encode().ljust(1024, b"."))
 

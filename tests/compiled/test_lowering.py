@@ -1,6 +1,5 @@
 """The one file that knows torch's private compiler interfaces: this is where a newer torch would break first."""
 
-import os
 import warnings
 from pathlib import Path
 
@@ -101,7 +100,3 @@ def test_warnings_of_torchs_own_compiler_are_quiet_and_ours_are_not() -> None:
             warnings.warn_explicit("theirs", UserWarning, "torch/_inductor/x.py", 1, module="torch._inductor.x")
             warnings.warn_explicit("ours", UserWarning, "compiled/x.py", 1, module="compiled.x")
     assert [str(warning.message) for warning in seen] == ["ours"]
-
-
-def test_as_many_threads_as_cores_compile() -> None:
-    assert lowering.compile_threads() == len(os.sched_getaffinity(0))

@@ -28,7 +28,9 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Machine code is a word and takes no time; the list holds the `workers` and `debug` each call was given."""
     calls = []
 
-    def lower_all(regions: dict[str, Captured], kind: str, folder: Path, workers: Any, debug: Any, report: Any) -> None:
+    def lower_all(
+        regions: dict[str, Captured], kind: str, folder: Path, workers: Any, debug: Any, report: Any, *_: Any
+    ) -> None:
         calls.append((workers, debug))
         for done, (name, region) in enumerate(regions.items(), 1):
             (folder / name).write_bytes(b"code")

@@ -1,0 +1,117 @@
+"""Processes started from nothing that lower regions; on a CPU here, which the compiler takes as well."""
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends.kernels.external import external_call
+from compiled import lowering, parallel
+from compiled.capture import Captured, capture_function
+from compiled.spawned import SpawnedWorkers, Unreadable, compile_threads, modules_of_operators, pickled, unpickled
+
+
+def region() -> Captured:
+    """tanh(x) wᵀ, with an operator of prims among the plain ones."""
+
+    def run(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (torch.ops.prims.convert_element_type(torch.tanh(x.float()), torch.float64) @ weight.t(),)
+
+    with lowering.fake_mode():
+        x, weight = torch.empty(5, 3, dtype=torch.float64), torch.empty(4, 3, dtype=torch.float64)
+    return capture_function("product", run, {"x": x, "weight": weight}, ["y"])
+
+
+def test_as_many_threads_as_cores_compile() -> None:
+    assert compile_threads() == len(os.sched_getaffinity(0))
+
+
+def test_a_region_is_lowered_in_another_process(tmp_path: Path) -> None:
+    with SpawnedWorkers(1) as workers:
+        kernels, seconds = workers.lower(region(), "cpu", tmp_path / "library", None).result()
+    assert kernels >= 1
+    assert seconds > 0
+    x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    (found,) = lowering.load(tmp_path / "library", "cpu")([x, weight])
+    torch.testing.assert_close(found, x.float().tanh().double() @ weight.t(), rtol=1e-6, atol=1e-6)
+    assert not multiprocessing.active_children()
+
+
+def test_graph_and_inputs_are_the_same_in_another_process() -> None:
+    captured = region()
+    graph, inputs = unpickled(pickled(captured), [])
+    assert Captured(graph, inputs, captured.spec).identity == captured.identity
+    assert [(one.shape, one.dtype, one.stride()) for one in inputs] == [
+        (one.shape, one.dtype, one.stride()) for one in captured.inputs
+    ]
+
+
+def test_a_graph_knows_which_modules_define_its_operators() -> None:
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(external_call([x], "json:dumps", "{}", [2, 2], [], 0, ""))
+
+    with lowering.fake_mode():
+        x = torch.empty(2, 2)
+    captured = capture_function("call", call, {"x": x}, ["y"])
+    assert modules_of_operators(captured.graph) == ["backends.kernels.external"]
+    assert modules_of_operators(region().graph) == []
+
+
+def test_an_operator_of_triton_kernels_is_defined_by_the_module_that_registers_it() -> None:
+    pytest.importorskip("triton")
+    from backends.kernels import rms_norm
+
+    rms_norm.register()
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(torch.ops.substrate.rms_norm_backward.default, (x, x, x, x)))
+    assert modules_of_operators(torch.fx.GraphModule({}, graph)) == ["backends.kernels.rms_norm"]
+
+
+def test_an_operator_nobody_can_find_is_unreadable() -> None:
+    with pytest.raises(Unreadable, match="ModuleNotFoundError: No module named 'gone_with_the_wind'"):
+        unpickled(pickled(region()), ["gone_with_the_wind"])
+
+
+def test_what_another_process_cannot_read_is_lowered_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Others:
+        count = 2
+
+        def lower(self, region: Captured, *_: Any) -> "Future[tuple[int, float]]":
+            future: Future[tuple[int, float]] = Future()
+            if region.spec.name == "unknown":
+                future.set_exception(Unreadable("no such operator"))
+            else:
+                future.set_result((7, 0.5))
+            return future
+
+    def lower(graph: Any, inputs: Any, device_type: str, path: Path, debug: Path | None) -> int:
+        path.write_text("here")
+        return 3
+
+    monkeypatch.setattr(lowering, "lower", lower)
+    regions = {"known": region(), "unknown": region()}
+    for name, each in regions.items():
+        each.spec.name = name
+    reports: list[tuple[int, int]] = []
+    others: Any = Others()
+    parallel.lower_all(
+        regions, "cuda", tmp_path, None, None, lambda spec, done, total: reports.append((done, total)), others
+    )
+    assert {name: each.spec.kernels for name, each in regions.items()} == {"known": 7, "unknown": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["unknown"]
+    assert reports == [(1, 2), (2, 2)]
+
+
+def test_an_error_ends_them_at_once() -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), SpawnedWorkers(2):
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 3  # they were importing
+    assert not multiprocessing.active_children()
