@@ -10,8 +10,11 @@ class Missing(Exception):
     """A peer is not installed; says what it needs."""
 
 
-def peer_step(name: str, plan: Any, device: Any, *, recomputes: bool = False) -> Callable[[], None]:
-    """A train step of the planned model on random tokens in model.dtype, without masters or clipping.
+def peer_step(
+    name: str, plan: Any, device: Any, *, recomputes: bool = False, accumulation: int = 1
+) -> Callable[[], None]:
+    """A train step of the planned model on `accumulation` microbatches of random tokens in model.dtype, without masters
+    or clipping.
 
     `recomputes`: by gradient checkpointing. Where the plan keeps attention inside articles the peer does, by the dense
     mask that transformers offers.
@@ -43,7 +46,8 @@ def peer_step(name: str, plan: Any, device: Any, *, recomputes: bool = False) ->
         inputs["attention_mask"] = plan.model.article_mask(batch["article_ids"])
 
     def step() -> None:
-        forward(**inputs).loss.backward()
+        for _ in range(accumulation):
+            (forward(**inputs).loss / accumulation).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -8,7 +8,7 @@ also set the memory allocator). On a GPU each is alone there, one after the othe
 rounds of them, so that a busy moment of the machine meets all. A line of JSON for each gives minimum and median time of
 a step, MFU and share of the floor where they are known, peak memory, and how many times as long as ours it takes; or
 why it was left out. `peers`: of eager, compile and liger (benchmarks/peers.py), or none. Without the CUDA graph:
-run.cuda_graph=off. `checkpoint.config_name` may be a folder.
+run.cuda_graph=off. training.gradient_accumulation_steps counts. `checkpoint.config_name` may be a folder.
 """
 
 import json
@@ -54,10 +54,11 @@ def main() -> None:
         measure = one_by_one if on_gpu else in_turns
         yardstick = yardstick_of(config, plan, artifact)
         ours = None
+        tokens = accumulation_of(config) * plan.spec.batch_size * plan.spec.max_seq_length
         for result in measure([OURS, *peers], settings, int(own["steps"])):
             ours = result if result.name == OURS else ours
-            print(json.dumps(line(result, ours, yardstick, plan)), flush=True)
-        print(json.dumps(floor_line(yardstick, plan)), flush=True)
+            print(json.dumps(line(result, ours, yardstick, tokens)), flush=True)
+        print(json.dumps(floor_line(yardstick, tokens)), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,7 +165,8 @@ def serve(name: str, settings: list[str], pipe: Any) -> None:
             step = own_step(config, plan, device)
         else:
             device = torch.device(kind)
-            step = peer_step(name, plan, device, recomputes=needs_recomputing(config, plan, device))
+            recomputes = needs_recomputing(config, plan, device)
+            step = peer_step(name, plan, device, recomputes=recomputes, accumulation=accumulation_of(config))
         for _ in range(3):
             step()
         wait(device)
@@ -199,8 +201,15 @@ def needs_recomputing(config: Any, plan: Any, device: Any) -> bool:
     from apps.training.programs import run_memory
 
     free = available_memory(str(device), at_most_gib=config.run.memory_gib)
-    needed = run_memory(config, plan, None, accumulation=1, world_size=1, free=free)
+    needed = run_memory(config, plan, None, accumulation=accumulation_of(config), world_size=1, free=free)
     return config.run.recompute == "block" or (config.run.recompute == "auto" and needed.total > free)
+
+
+def accumulation_of(config: Any) -> int:
+    """Microbatches of a step."""
+    from apps.training.steps import accumulation_steps
+
+    return accumulation_steps(config.training, 1)
 
 
 def own_step(config: Any, plan: Any, device: Any) -> Callable[[], object]:
@@ -211,22 +220,23 @@ def own_step(config: Any, plan: Any, device: Any) -> Callable[[], object]:
     from apps.training.random_step import first_hyperparameters, random_batch
     from apps.training.workers.group import Workers
 
-    artifact = require_artifact(config, plan)
-    recomputed = blocks_to_recompute(config, plan, artifact, device)
+    artifact, accumulation = require_artifact(config, plan), accumulation_of(config)
+    recomputed = blocks_to_recompute(config, plan, artifact, device, accumulation=accumulation)
     model = load_weights(config, plan.model_config, device)
-    batch, table = random_batch(plan, device), first_hyperparameters(plan, model, device)
+    batches = [random_batch(plan, device, accumulation) for _ in range(accumulation)]
+    table = first_hyperparameters(plan, model, device)
     wait(device)
     started = time.perf_counter()
     program = make_program(config, plan, artifact, model, Workers.solo(), recomputed=recomputed)
     loaded = time.perf_counter()
-    loss = program.train_step([batch], table, None).loss.item()
+    loss = program.train_step(batches, table, None).loss.item()
     taken = {
         "recomputed_blocks": recomputed,
         "load_s": round(loaded - started, 3),
         "first_step_s": round(time.perf_counter() - loaded, 3),
     }
     print(json.dumps(taken | {"loss": loss}), flush=True)
-    return lambda: program.train_step([batch], table, None)
+    return lambda: program.train_step(batches, table, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,32 +254,32 @@ def yardstick_of(config: Any, plan: Any, artifact: Any) -> Any:
     from apps.training.workers.group import Workers
 
     device = torch.device(plan.spec.device["kind"], 0) if plan.spec.device["kind"] == "cuda" else torch.device("cpu")
-    found = efficiency_of(config, plan, artifact, device, Workers.solo(), 1)
+    accumulation = accumulation_of(config)
+    found = efficiency_of(config, plan, artifact, device, Workers.solo(), accumulation)
     floor = measure_floor(plan, device) if device.type == "cpu" else None
-    return found if floor is None else replace(found, floor=floor.microbatch + floor.update)
+    return found if floor is None else replace(found, floor=accumulation * floor.microbatch + floor.update)
 
 
-def line(result: Result, ours: Result | None, yardstick: Any, plan: Any) -> dict[str, Any]:
+def line(result: Result, ours: Result | None, yardstick: Any, tokens: int) -> dict[str, Any]:
     """One variant's figures, with the median of the ratios of each round."""
     if result.left_out is not None:
         return {"variant": result.name, "left_out": result.left_out}
     middle = statistics.median(result.seconds)
-    found = {"variant": result.name, "min_ms": round(min(result.seconds) * 1e3, 2)} | speed(middle, yardstick, plan)
+    found = {"variant": result.name, "min_ms": round(min(result.seconds) * 1e3, 2)} | speed(middle, yardstick, tokens)
     if ours is not None and ours is not result and ours.seconds:
         ratios = [theirs / mine for theirs, mine in zip(result.seconds, ours.seconds, strict=True)]
         found |= {"times_ours": round(statistics.median(ratios), 3)}
     return found | ({} if result.peak_gib is None else {"peak_gib": round(result.peak_gib, 2)})
 
 
-def floor_line(yardstick: Any, plan: Any) -> dict[str, Any]:
+def floor_line(yardstick: Any, tokens: int) -> dict[str, Any]:
     if yardstick.floor is None:
         return {"variant": "floor", "left_out": NO_ROOM}
-    return {"variant": "floor"} | speed(yardstick.floor, yardstick, plan)
+    return {"variant": "floor"} | speed(yardstick.floor, yardstick, tokens)
 
 
-def speed(seconds: float, yardstick: Any, plan: Any) -> dict[str, float]:
-    """Speed of a step that takes so long, and its shares of peak and floor where they are known."""
-    tokens = plan.spec.batch_size * plan.spec.max_seq_length
+def speed(seconds: float, yardstick: Any, tokens: int) -> dict[str, float]:
+    """Speed of a step of so many tokens that takes so long, and its shares of peak and floor where they are known."""
     found = {"median_ms": round(seconds * 1e3, 2), "tokens_per_s": round(tokens / seconds)}
     found |= {"tflops": round(yardstick.flops / seconds / 1e12, 3)}
     return found | {name: round(share, 4) for name, share in yardstick.shares(seconds).items()}

@@ -48,7 +48,8 @@ def build(
     every layer its backend, for people who inspect the artifact; what a run is compared with is in `spec`. `workers`
     processes lower regions side by side (None: one for each core). `debug` keeps graphs and generated code in that
     folder. `mlir`: modules for another compiler in place of machine code. `floor`: what was measured of this machine
-    for runs to be compared with, kept as it is. `spawned`: processes that lower CUDA regions side by side.
+    for runs to be compared with, kept as it is. `spawned`: processes that lower CUDA regions side by side,
+    each as soon as it is traced.
     """
     started = time.perf_counter()
     if mlir is None:
@@ -58,8 +59,9 @@ def build(
             "compile.mlir.whole_step=true makes one module of a step without a teacher, got "
             "training.distill.model_name_or_path. Drop one of them: the regions know the teacher."
         )
+    take = (lambda captured: None) if spawned is None else spawned.begin
     with lowering.determinism(spec.deterministic):
-        regions, schedule = capture_step(model, spec, optimizers, policy, teacher)
+        regions, schedule = capture_step(model, spec, optimizers, policy, teacher, take)
     specs = {name: captured.spec for name, captured in regions.items()}
     files = {f"graphs/{name}.txt": lowering.graph_text(captured.graph).encode() for name, captured in regions.items()}
     if debug is not None:

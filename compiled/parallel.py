@@ -4,8 +4,8 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from backends.errors import UserError
 from compiled import lowering
 from compiled.capture import Captured
 from compiled.regions import RegionSpec
-from compiled.spawned import SpawnedWorkers, Unreadable, compile_threads, end_at_once, end_with_parent
+from compiled.spawned import Outcome, SpawnedWorkers, compile_threads, end_at_once, end_with_parent
 
 # Called when a region is done: its spec, how many are done, of how many.
 Report = Callable[[RegionSpec, int, int], None]
@@ -29,16 +29,12 @@ class _Work:
     folder: Path
     debug: Path | None
 
-    def lower(self, name: str) -> tuple[int, float]:
+    def lower(self, name: str) -> Outcome:
         started = time.perf_counter()
         region = self.regions[name]
-        kernels = lowering.lower(
-            region.graph, region.inputs, self.device_type, self.folder / name, self.debug_folder(name)
-        )
+        debug = self.debug / name if self.debug else None
+        kernels = lowering.lower(region.graph, region.inputs, self.device_type, self.folder / name, debug)
         return kernels, round(time.perf_counter() - started, 2)
-
-    def debug_folder(self, name: str) -> Path | None:
-        return self.debug / name if self.debug else None
 
 
 # A forked worker inherits the graphs here and is told a name.
@@ -56,25 +52,25 @@ def lower_all(
 ) -> None:
     """Lower every region into `folder/NAME`; fills in each spec's `kernels` and `seconds`.
 
-    A process that has touched the device must not fork: CUDA regions are lowered one after another without `spawned`.
+    `spawned` has begun with each of them already. A process that has touched the device must not fork: without, CUDA
+    regions are lowered one after another.
     """
     global _work
     _work = work = _Work(regions, device_type, folder, debug)
     jobs = min(workers or compile_threads(), len(regions))
-    longest_first = sorted(regions, key=lambda name: -regions[name].spec.nodes)
     try:
         if spawned is not None:
             jobs = spawned.count
-            futures = {
-                spawned.lower(regions[name], device_type, folder / name, work.debug_folder(name)): name
-                for name in longest_first
-            }
-            _gather(futures, work, report)
+            for done, (name, outcome) in enumerate(spawned.results(folder), 1):
+                _finish(regions[name].spec, outcome or work.lower(name), report, done, len(regions))
         elif device_type == "cpu" and jobs > 1:
             lowering.prepare_forks()
             context = multiprocessing.get_context("fork")
             with end_at_once(ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_work)) as pool:
-                _gather({pool.submit(_lower, name): name for name in longest_first}, work, report)
+                longest_first = sorted(regions, key=lambda name: -regions[name].spec.nodes)
+                futures = {pool.submit(_lower, name): name for name in longest_first}
+                for done, future in enumerate(as_completed(futures), 1):
+                    _finish(regions[futures[future]].spec, future.result(), report, done, len(regions))
         else:
             for done, name in enumerate(regions, 1):
                 _finish(regions[name].spec, work.lower(name), report, done, len(regions))
@@ -86,17 +82,7 @@ def lower_all(
         _work = None
 
 
-def _gather(futures: "Mapping[Future[tuple[int, float]], str]", work: _Work, report: Report) -> None:
-    for done, future in enumerate(as_completed(futures), 1):
-        name = futures[future]
-        try:
-            outcome = future.result()
-        except Unreadable:  # an operator whose definition the other process could not find
-            outcome = work.lower(name)
-        _finish(work.regions[name].spec, outcome, report, done, len(futures))
-
-
-def _lower(name: str) -> tuple[int, float]:
+def _lower(name: str) -> Outcome:
     assert _work is not None
     return _work.lower(name)
 
@@ -110,6 +96,6 @@ def _begin_work() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _finish(spec: RegionSpec, outcome: tuple[int, float], report: Report, done: int, total: int) -> None:
+def _finish(spec: RegionSpec, outcome: Outcome, report: Report, done: int, total: int) -> None:
     spec.kernels, spec.seconds = outcome
     report(spec, done, total)

@@ -4,7 +4,7 @@ Each distinct part is traced once. Blocks are told apart by their structure, so 
 like one of 2; parts of different structure that still trace to one graph share their machine code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,6 +30,19 @@ PAIRS = ("cuda",)  # kinds of device that read each other's memory
 JOINS = ("cuda",)  # kinds on which one product of several layers is the faster
 
 
+class _Announced(dict[str, Captured]):
+    """Regions by name; each new one goes to `take` as soon as it is there."""
+
+    def __init__(self, take: Callable[[Captured], None]) -> None:
+        super().__init__()
+        self._take = take
+
+    def __setitem__(self, name: str, captured: Captured) -> None:
+        if name not in self:
+            self._take(captured)
+        super().__setitem__(name, captured)
+
+
 @dataclass
 class Schedule:
     """Which region computes which part, over which of the model's tensors. Plain data; stored in the manifest."""
@@ -50,11 +63,12 @@ def capture_step(
     optimizers: Mapping[str, Optimizer],
     policy: PrecisionPolicy,
     teacher: StagedModel | None = None,
+    take: Callable[[Captured], None] = lambda captured: None,
 ) -> tuple[Regions, Schedule]:
     """Trace every distinct part of the step on fake tensors; returns the regions by name and their schedule.
 
     `optimizers`: the update rule of each trained parameter, by its full name. `teacher`: a frozen model whose
-    predictions are learned too.
+    predictions are learned too. `take` is called with each region as soon as it is traced.
     """
     device_type = spec.device["kind"]
     sources = Sources(lowering.fake_mode(), torch.device(device_type), keeps_cheap=spec.activations == "all")
@@ -62,10 +76,11 @@ def capture_step(
     calls = external_calls() if for_others else nullcontext()
     as_products = for_others or mistakes_attention_for_float32(device_type, policy.compute)
     with calls, attention_context(device_type, as_products=as_products), lowering.quiet_torch():
-        return _capture_step(model, spec, optimizers, policy, sources, teacher)
+        return _capture_step(_Announced(take), model, spec, optimizers, policy, sources, teacher)
 
 
 def _capture_step(
+    regions: Regions,
     model: StagedModel,
     spec: StepSpec,
     optimizers: Mapping[str, Optimizer],
@@ -73,7 +88,6 @@ def _capture_step(
     sources: Sources,
     teacher: StagedModel | None,
 ) -> tuple[Regions, Schedule]:
-    regions: Regions = {}
     schedule = Schedule()
     names = model.stages()
 
@@ -98,7 +112,8 @@ def _capture_step(
     if teacher is not None:
         shared = _shared_inputs(teacher, spec, sources)
         taught, schedule.teacher, teacher_head = capture_teacher(teacher, ids, shared, sources)
-        regions |= taught
+        for name, captured in taught.items():
+            regions[name] = captured
 
     head = head_stage(model)
     tokens = spec.batch_size * spec.max_seq_length

@@ -10,11 +10,13 @@ import importlib
 import inspect
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,8 @@ from compiled import lowering
 if TYPE_CHECKING:
     from compiled.capture import Captured
 
+Outcome = tuple[int, float]  # of lowering a region: number of kernels, seconds
+
 MOST = 8  # each holds a CUDA context, half a GiB of the device's memory and one of the host's
 _device_turns: Any = None  # in a worker: held while it uses the device
 
@@ -37,21 +41,22 @@ def compile_threads() -> int:
 
 
 class SpawnedWorkers:
-    """So many processes, already starting; a context manager that ends them, at once when its block raises."""
+    """So many processes, already starting; a context manager that ends them, at once when its block raises.
 
-    def __init__(self, count: int) -> None:
+    `debug`: as for `lowering.lower`, a folder for each region's name in it.
+    """
+
+    def __init__(self, count: int, device_type: str, debug: Path | None = None) -> None:
+        self.count, self._device_type, self._debug = count, device_type, debug
+        self._begun: dict[str, Future[Outcome]] = {}
         context = multiprocessing.get_context("spawn")
-        self._ends = contextlib.ExitStack()
-        self._pool = self._ends.enter_context(
-            end_at_once(
-                ProcessPoolExecutor(
-                    count, mp_context=context, initializer=_begin, initargs=(context.Lock(), os.getpid())
-                )
-            )
-        )
-        self.count = count
-        for _ in range(count):  # the pool starts its processes when it has work
-            self._pool.submit(_import_compiler)
+        with contextlib.ExitStack() as ends:
+            self._folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="substrate-compile-")))
+            pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin, initargs=(context.Lock(),))
+            self._pool = ends.enter_context(end_at_once(pool))
+            for _ in range(count):  # the pool starts its processes when it has work
+                self._pool.submit(_warm_up, device_type, max(1, compile_threads() // count))
+            self._ends = ends.pop_all()
 
     def __enter__(self) -> "SpawnedWorkers":
         return self
@@ -59,12 +64,31 @@ class SpawnedWorkers:
     def __exit__(self, *error: Any) -> None:
         self._ends.__exit__(*error)
 
-    def lower(
-        self, region: "Captured", device_type: str, path: Path, debug: Path | None
-    ) -> "Future[tuple[int, float]]":
-        """Lower a region into `path`; number of kernels and seconds to come, or Unreadable."""
-        modules = modules_of_operators(region.graph)
-        return self._pool.submit(_lower, pickled(region), modules, device_type, path, debug)
+    def begin(self, region: "Captured") -> None:
+        """Have a region lowered as soon as a process is free, with the determinism that is asked for now."""
+        name = region.spec.name
+        self._begun[name] = self._pool.submit(
+            _lower,
+            pickled(region),
+            modules_of_operators(region.graph),
+            self._device_type,
+            self._folder / name,
+            None if self._debug is None else self._debug / name,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    def results(self, folder: Path) -> "Iterator[tuple[str, Outcome | None]]":
+        """Each region that was begun when it is done, with its machine code in `folder`; None: it has to be lowered
+        where its graph is, since another process cannot read it."""
+        names = {future: name for name, future in self._begun.items()}
+        for future in as_completed(names):
+            try:
+                outcome = future.result()
+            except Unreadable:
+                yield names[future], None
+                continue
+            shutil.move(self._folder / names[future], folder / names[future])
+            yield names[future], outcome
 
 
 class Unreadable(Exception):
@@ -108,15 +132,16 @@ def _of_triton_operator(function: Any) -> Any:
 
 
 def _lower(
-    content: bytes, modules: Sequence[str], device_type: str, path: Path, debug: Path | None
-) -> tuple[int, float]:
+    content: bytes, modules: Sequence[str], device_type: str, path: Path, debug: Path | None, deterministic: bool
+) -> Outcome:
     started = time.perf_counter()
     graph, inputs = unpickled(content, modules)
-    kernels = lowering.lower(graph, inputs, device_type, path, debug, device_turns=_device_turns)
+    with lowering.determinism(deterministic):
+        kernels = lowering.lower(graph, inputs, device_type, path, debug, device_turns=_device_turns)
     return kernels, round(time.perf_counter() - started, 2)
 
 
-def _begin(device_turns: Any, parent: int) -> None:
+def _begin(device_turns: Any) -> None:
     global _device_turns
     _device_turns = device_turns
     torch.set_num_threads(1)
@@ -124,13 +149,20 @@ def _begin(device_turns: Any, parent: int) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _import_compiler() -> None:
-    import torch._inductor.compile_fx
-    import torch.fx._graph_pickler  # noqa: F401
+def _warm_up(device_type: str, threads: int) -> None:
+    """Do what the first region would wait for: imports, the device's context, tables of patterns, kernel compilers."""
+    import torch.fx._graph_pickler
     from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
 
-    config.compile_threads = 1  # a pool of compilers for each of these processes would start too late to help
-    time.sleep(0.2)  # so that each process takes one of these calls
+    config.compile_threads = threads
+    if threads > 1:
+        AsyncCompile.warm_pool()
+    with lowering.fake_mode():
+        x = torch.empty(2, device=device_type)
+    with tempfile.TemporaryDirectory() as folder:
+        graph = lowering.trace(lambda x: (x + 1,), [x])
+        lowering.lower(graph, [x], device_type, Path(folder) / "warm", device_turns=_device_turns)
 
 
 @contextlib.contextmanager

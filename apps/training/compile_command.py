@@ -34,7 +34,7 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
     if config.compile.target == "mlir":
         require_extra("torch_mlir")
     debug = debug_folder(target) if config.compile.debug else None
-    with compilers_of(plan.spec.device["kind"], config.compile) as spawned:
+    with compilers_of(plan.spec.device["kind"], config.compile, debug) as spawned:
         floor = measured_floor(plan)
         content = compiled_step(config, plan, debug, floor, spawned)
     with atomic_path(target) as temporary:
@@ -42,10 +42,16 @@ def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
     return open_artifact(target)
 
 
-def compilers_of(kind: str, settings: CompileConfig) -> AbstractContextManager[SpawnedWorkers | None]:
+def compilers_of(
+    kind: str, settings: CompileConfig, debug: Path | None
+) -> AbstractContextManager[SpawnedWorkers | None]:
     """Processes for the compiler of a GPU, which start while the floor is measured and the step is traced."""
     count = min(settings.workers or compile_threads(), MOST)
-    return nullcontext() if kind == "cpu" or settings.target == "mlir" or count == 1 else SpawnedWorkers(count)
+    return (
+        nullcontext()
+        if kind == "cpu" or settings.target == "mlir" or count == 1
+        else SpawnedWorkers(count, kind, debug)
+    )
 
 
 def compiled_step(

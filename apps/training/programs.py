@@ -170,12 +170,18 @@ def run_memory(
 
 
 def blocks_to_recompute(
-    config: TrainConfig, plan: StepPlan, artifact: Artifact | None, device: Any, workers: Workers | None = None
+    config: TrainConfig,
+    plan: StepPlan,
+    artifact: Artifact | None,
+    device: Any,
+    workers: Workers | None = None,
+    accumulation: int = 1,
 ) -> int:
-    """What a run of one microbatch decides, before its weights are there; `workers` None: it is alone."""
+    """What a run of `accumulation` microbatches decides, before its weights are there; `workers` None: it is alone."""
     workers = workers or Workers.solo()
     free = available_memory(str(device), workers.local_world_size, config.run.memory_gib)
-    return run_memory(config, plan, artifact, accumulation=1, world_size=workers.world_size, free=free).recomputed
+    size = workers.world_size
+    return run_memory(config, plan, artifact, accumulation=accumulation, world_size=size, free=free).recomputed
 
 
 def _memory(

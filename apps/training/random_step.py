@@ -14,12 +14,15 @@ from backends.precision import as_torch, at_least_float32
 ARTICLE_TOKENS = 512  # of an article on average, where attention stays inside articles
 
 
-def random_batch(plan: StepPlan, device: torch.device) -> dict[str, Tensor]:
-    """A microbatch [B, S] of random tokens of which every position counts, in articles of random lengths."""
+def random_batch(plan: StepPlan, device: torch.device, accumulation: int = 1) -> dict[str, Tensor]:
+    """A microbatch [B, S] of random tokens of which every position counts, in articles of random lengths.
+
+    `accumulation`: microbatches of its step.
+    """
     shape = (plan.spec.batch_size, plan.spec.max_seq_length)
     ids = torch.randint(0, plan.model_config.vocab_size, shape, device=device)
     labels = torch.randint(0, plan.model_config.vocab_size, shape, device=device)
-    scale = torch.full(shape, 1 / ids.numel(), device=device, dtype=as_torch(plan.precision.logits))
+    scale = torch.full(shape, 1 / (accumulation * ids.numel()), device=device, dtype=as_torch(plan.precision.logits))
     batch = {"input_ids": ids, "labels": labels, "grad_scale": scale}
     if plan.spec.article_attention:
         # each token opens an article with the chance that gives their mean length

@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import time
-from concurrent.futures import Future
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,15 @@ def test_as_many_threads_as_cores_compile() -> None:
 
 
 def test_a_region_is_lowered_in_another_process(tmp_path: Path) -> None:
-    with SpawnedWorkers(1) as workers:
-        kernels, seconds = workers.lower(region(), "cpu", tmp_path / "library", None).result()
-    assert kernels >= 1
-    assert seconds > 0
+    with SpawnedWorkers(1, "cpu") as workers:
+        workers.begin(region())
+        ((name, outcome),) = workers.results(tmp_path)
+    assert name == "product"
+    assert outcome is not None
+    assert outcome[0] >= 1
+    assert outcome[1] > 0
     x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    (found,) = lowering.load(tmp_path / "library", "cpu")([x, weight])
+    (found,) = lowering.load(tmp_path / "product", "cpu")([x, weight])
     torch.testing.assert_close(found, x.float().tanh().double() @ weight.t(), rtol=1e-6, atol=1e-6)
     assert not multiprocessing.active_children()
 
@@ -83,13 +86,9 @@ def test_what_another_process_cannot_read_is_lowered_here(tmp_path: Path, monkey
     class Others:
         count = 2
 
-        def lower(self, region: Captured, *_: Any) -> "Future[tuple[int, float]]":
-            future: Future[tuple[int, float]] = Future()
-            if region.spec.name == "unknown":
-                future.set_exception(Unreadable("no such operator"))
-            else:
-                future.set_result((7, 0.5))
-            return future
+        def results(self, folder: Path) -> Iterator[tuple[str, tuple[int, float] | None]]:
+            yield "known", (7, 0.5)
+            yield "unknown", None
 
     def lower(graph: Any, inputs: Any, device_type: str, path: Path, debug: Path | None) -> int:
         path.write_text("here")
@@ -111,7 +110,7 @@ def test_what_another_process_cannot_read_is_lowered_here(tmp_path: Path, monkey
 
 def test_an_error_ends_them_at_once() -> None:
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), SpawnedWorkers(2):
+    with pytest.raises(KeyboardInterrupt), SpawnedWorkers(2, "cpu"):
         raise KeyboardInterrupt
     assert time.monotonic() - started < 3  # they were importing
     assert not multiprocessing.active_children()

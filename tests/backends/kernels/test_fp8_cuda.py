@@ -62,8 +62,8 @@ def test_products_differ_from_the_twins_by_the_order_of_sums(shape, dtype, by_ro
     x, weight, grad = (one.double().abs() for one in (x, weight, grad))
     for one, wide, size in zip(found, expected, (x @ weight.t(), grad @ weight, grad.t() @ x), strict=True):
         assert one.dtype == dtype
-        # a tensor core adds 128 products with about 14 bits before float32 takes over
-        tolerance = 2.0**-12 * size + torch.finfo(dtype).eps * wide.abs()
+        # a tensor core lines 32 products up to the largest of them and cuts each 13 bits below it
+        tolerance = 2.0**-8 * size + torch.finfo(dtype).eps * wide.abs()
         assert bool(((one.cpu().double() - wide).abs() <= tolerance).all())
 
 
