@@ -84,7 +84,7 @@ def build(
         "optimizer": describe_optimizers(optimizers, schedule.updates),
         "parameters": sum(parameter.numel() for _, parameter in model.named_parameters()),
         "trained_parameters": sum(each.numel() for _, each in model.named_parameters() if each.requires_grad),
-        "cost": step_cost(specs, schedule, spec),
+        "cost": step_cost(specs, schedule, spec, logits_written_over(regions["head_train"])),
         "teacher_bytes": 0 if teacher is None else sum(each.nbytes for _, each in teacher.named_parameters()),
         "compile_seconds": round(time.perf_counter() - started, 2),
         **parts,
@@ -117,12 +117,22 @@ def _machine_code(
     return files
 
 
-def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec) -> dict[str, Any]:
+def logits_written_over(head: Captured) -> int | None:
+    """Bytes of a chunk's logits where a kernel puts their gradient in their place; None: where there is no such one."""
+    for node in head.graph.graph.nodes:
+        if str(node.target).startswith("substrate.cross_entropy_gradient"):
+            return lowering.node_value(node.args[0]).nbytes
+    return None
+
+
+def step_cost(
+    regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec, logits_bytes: int | None = None
+) -> dict[str, Any]:
     """What one step with one microbatch costs.
 
     flops: matrix products and attention, 2mkn each. bytes: every region's inputs and outputs once, each time it runs.
     hidden_bytes: a block's input; saved_bytes: what else each block keeps for its backward. head_bytes: logits of a
-    chunk, their gradient and one temporary; a teacher's and one more.
+    chunk, their gradient and one temporary; a teacher's and one more; or `logits_bytes` and nothing else.
     """
     runs: dict[str, int] = {"head_train": spec.head_chunks}
     for part in schedule.teacher.get("parts", ()):
@@ -134,16 +144,18 @@ def step_cost(regions: dict[str, RegionSpec], schedule: Schedule, spec: StepSpec
     for group in schedule.updates:
         if group["direct"]:
             runs[group["direct"]] = runs.get(group["direct"], 0) + 1
-    head = {entry.name: entry for entry in regions["head_train"].inputs}
-    # rows of the projection, the widest of the head's matrices; a logit is as wide as its token's grad_scale
-    logits = 3 + 2 * bool(schedule.teacher)  # and a teacher's, with what is made of them
-    vocabulary = max(head[name].shape[0] for name in schedule.head["parameters"] if len(head[name].shape) == 2)
+    if logits_bytes is None:
+        head = {entry.name: entry for entry in regions["head_train"].inputs}
+        # rows of the projection, the widest of the head's matrices; a logit is as wide as its token's grad_scale
+        logits = 3 + 2 * bool(schedule.teacher)  # and a teacher's, with what is made of them
+        vocabulary = max(head[name].shape[0] for name in schedule.head["parameters"] if len(head[name].shape) == 2)
+        logits_bytes = logits * vocabulary * head["grad_scale"].bytes
     return {
         "flops": sum(regions[name].flops * count for name, count in runs.items()),
         "bytes": sum(regions[name].bytes * count for name, count in runs.items()),
         "hidden_bytes": regions[schedule.embed["forward"]].outputs[0].bytes,
         "saved_bytes": [regions[entry["forward"]].saved_bytes for entry in schedule.blocks],
-        "head_bytes": logits * vocabulary * head["grad_scale"].bytes,
+        "head_bytes": logits_bytes,
     }
 
 

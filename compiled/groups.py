@@ -6,7 +6,8 @@ embedding, since both uses add to its gradient.
 
 A group's gradients come in the dtype its backward gives; gradients summed over microbatches come in at least float32.
 Where the two differ (bfloat16 parameters) a group has two regions, `direct` and `summed`, so that accumulation stays a
-matter of the run. On a GPU there is a third, `paired`: it takes two workers' direct gradients and adds them itself.
+matter of the run. On a GPU there is a third, `paired`: it takes two direct gradients, of two workers or of one's two
+microbatches, and adds them itself.
 """
 
 import math
@@ -83,6 +84,11 @@ def _names(stage: Stage) -> set[str]:
     return {slot.full for slot in stage.trained_parameters()}
 
 
+def has_pairs(updates: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every group of a schedule's updates has a region that adds two gradients."""
+    return all(entry["direct"] is None or "paired" in entry for entry in updates)
+
+
 def add_updates(
     regions: dict[str, Captured],
     blocks: list[Stage],
@@ -98,7 +104,7 @@ def add_updates(
     """Capture the update of every distinct group; returns a schedule entry for each block, the head, the embedding.
 
     `optimizers`: the rule of each trained parameter, by its full name. `skips`: as for `UpdateCapture`. `pairs`: with
-    regions that add two workers' gradients.
+    regions that add two gradients.
     """
     known: dict[str, dict[str, Any]] = {}
     entries = []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.state import require_calibrated
+from compiled.accumulation import Accumulation, total, wide
 from compiled.artifact import Artifact
 from compiled.binding import Binding
 from compiled.clipping import Verdict, clip_values, judge
@@ -102,7 +103,10 @@ class CompiledProgram:
         gathers = skips or max_grad_norm is not None or self.updater.totals is not None
         self.measuring.start()
         looks = gathers or max_grad_value is not None or self.measuring.measures  # at gradients, before their update
-        pairs = self.updater.adds_pairs and not looks and len(microbatches) == 1
+        pairs = self.updater.adds_pairs and not looks
+        # two gradients at most: of two workers, or of one's two microbatches
+        accumulation = Accumulation(leaves_pairs=pairs and self.reducer.is_alone and len(microbatches) == 2)
+        pairs = pairs and len(microbatches) == 1
 
         def update(groups: Iterable[tuple[int, Gradients]], coefficient: Tensor) -> None:
             self.measuring.enter("reduce")
@@ -118,7 +122,7 @@ class CompiledProgram:
                 self.measuring.enter("backward")
 
         statistics = Statistics(self.binding.tensors)
-        loss = self._sum_gradients(microbatches, on_start, statistics)
+        loss = self._sum_gradients(microbatches, accumulation, on_start, statistics)
         self.measuring.enter("reduce")
         verdict = Verdict(None, self.updater.one, None)
         summed = self.reducer.finished(everything=True, pairs=pairs)
@@ -140,7 +144,7 @@ class CompiledProgram:
     @torch.no_grad()
     def gradients(self, microbatches: Sequence[Mapping[str, Tensor]]) -> Gradients:
         """Gradients of Σ grad_scale · CE over microbatches and workers, by parameter name; nothing is updated."""
-        self._sum_gradients(microbatches, lambda: None, Statistics(self.binding.tensors))
+        self._sum_gradients(microbatches, Accumulation(), lambda: None, Statistics(self.binding.tensors))
         return {name: each for _, group in self.reducer.finished(everything=True) for name, each in group.items()}
 
     @torch.no_grad()
@@ -164,16 +168,19 @@ class CompiledProgram:
         hidden = run(self.embed["evaluate"], self.binding.inputs(self.embed) | shared | ids)["output"]
         for block in self.blocks:
             hidden = run(block["evaluate"], self.binding.inputs(block) | shared | {"hidden_states": hidden})["output"]
-        return _total([run(self.head["evaluate"], chunk)["loss"] for chunk in self._chunks(hidden, microbatch)])
+        return total([run(self.head["evaluate"], chunk)["loss"] for chunk in self._chunks(hidden, microbatch)])
 
     def _sum_gradients(
-        self, microbatches: Sequence[Mapping[str, Tensor]], on_start: Callable[[], None], statistics: Statistics
+        self,
+        microbatches: Sequence[Mapping[str, Tensor]],
+        accumulation: Accumulation,
+        on_start: Callable[[], None],
+        statistics: Statistics,
     ) -> Tensor:
         """Sweep over the microbatches; each group goes to the reducer when it is final, and `on_start` is called.
 
-        Returns this worker's loss. Several microbatches are summed in at least float32.
+        Returns this worker's loss.
         """
-        gathered: dict[int, Gradients] = {}
         losses = []
         if self.embed["lookup_rows"] is not None:
             ids = [microbatch["input_ids"] for microbatch in microbatches]
@@ -182,16 +189,14 @@ class CompiledProgram:
             is_last = number == len(microbatches)
 
             def keep(group: int, gradients: Gradients, is_last: bool = is_last) -> None:
-                if gradients and group in gathered:  # none where all of a group is frozen
-                    torch._foreach_add_(list(gathered[group].values()), list(gradients.values()))
-                elif not is_last:
-                    gathered[group] = {name: gradient.to(_wide(gradient)) for name, gradient in gradients.items()}
-                if is_last:
-                    self.reducer.start(group, gathered.pop(group, gradients))
-                    on_start()
+                if not is_last:
+                    accumulation.add(group, gradients)
+                    return
+                self.reducer.start(group, accumulation.finish(group, gradients))
+                on_start()
 
             losses.append(self._sweep(microbatch, keep, statistics))
-        return _total(losses)
+        return total(losses)
 
     # --- forward and backward -----------------------------------------------------------------------------------------
 
@@ -205,7 +210,7 @@ class CompiledProgram:
         if self.measuring.measures:
             self.measuring.enter("accuracy")
             hits = [run(self.head["evaluate"], chunk)["accuracy"] for chunk in self._chunks(hidden, microbatch)]
-            self.measuring.count_hits(_total(hits))
+            self.measuring.count_hits(total(hits))
         self.measuring.enter("backward")
         # final but for a tied weight, to which the embedding adds; on their way during the whole backward
         final = self.updater.groups[self.head_group]["parameters"].values()
@@ -259,7 +264,7 @@ class CompiledProgram:
             grads.append(results["grad_hidden_states"])
         gradients = {full: sums[f"sum_{local}"] if sums else results[f"grad_{local}"] for local, full in names.items()}
         grad = grads[0] if len(grads) == 1 else torch.cat(grads)
-        return _total(losses), grad.view(hidden.shape), gradients
+        return total(losses), grad.view(hidden.shape), gradients
 
     def _chunks(self, hidden: Tensor, microbatch: Mapping[str, Tensor], **taught: Tensor) -> list[dict[str, Tensor]]:
         """The head's inputs, a dict for each chunk of tokens; `taught` [B, S, H]: a teacher's."""
@@ -281,7 +286,7 @@ class CompiledProgram:
         for local in self.embed["trained"]:
             full, gradient = self.embed["parameters"][local], results[f"grad_{local}"]
             if full in gradients:
-                gradient = gradients[full].to(_wide(gradient)).add_(gradient)
+                gradient = gradients[full].to(wide(gradient)).add_(gradient)
             gradients[full] = gradient
 
     def _shared(self, microbatch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -289,11 +294,3 @@ class CompiledProgram:
         if self.spec["article_attention"]:
             shared["mask"] = self.model.article_mask(microbatch["article_ids"])
         return shared
-
-
-def _wide(gradient: Tensor) -> torch.dtype:
-    return torch.promote_types(gradient.dtype, torch.float32)
-
-
-def _total(losses: list[Tensor]) -> Tensor:
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from backends.errors import UserError
 from compiled.binding import Binding
+from compiled.groups import has_pairs
 from compiled.measuring import Measuring, Unmeasured
 from compiled.reduction import Gradients, Reducer, addend
 
@@ -36,7 +37,7 @@ class Updater:
         self.device = next(model.parameters()).device
         row_of = {name: row for row, name in enumerate(parameters)}
         self._rows = [self._row_index([row_of[full] for full in entry["parameters"].values()]) for entry in self.groups]
-        self.adds_pairs = all(entry["direct"] is None or "paired" in entry for entry in self.groups)
+        self.adds_pairs = has_pairs(self.groups)
         reducer.assign([sum(parameters[full].nbytes for full in entry["parameters"].values()) for entry in self.groups])
         mine = [entry for index, entry in enumerate(self.groups) if reducer.owns(index)]
         shapes = {full: entry["state"][local] for entry in mine for local, full in entry["parameters"].items()}
@@ -72,7 +73,7 @@ class Updater:
     ) -> None:
         """Update one group in place, and let the other workers have it.
 
-        `wide`: gradients in at least float32, unless two workers' come as they are.
+        `wide`: gradients in at least float32, unless two come as they are.
         """
         entry = self.groups[group]
         is_pair = any(addend(name) in gradients for name in entry["parameters"].values())

@@ -72,7 +72,7 @@ def estimate(
 def compiled_estimate(
     manifest: Mapping[str, Any], precision: PrecisionPolicy, *, several_microbatches: bool, recomputed: int = 0
 ) -> MemoryEstimate:
-    """The peak of a run of the artifact with this manifest; gradients summed over microbatches are wider.
+    """The peak of a run of the artifact with this manifest; gradients summed over `several_microbatches` are wider.
 
     `recomputed`: of so many blocks only the input is kept; one of them at a time is computed again.
     """

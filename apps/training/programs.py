@@ -32,6 +32,7 @@ from backends.errors import UserError
 from backends.precision import BITS, as_torch
 from compiled.artifact import Artifact, Nearest, find, open_artifact
 from compiled.cuda_graph import GraphedProgram
+from compiled.groups import has_pairs
 from compiled.program import CompiledProgram
 from compiled.reduction import Reducer
 from compiled.spec import difference_table
@@ -161,10 +162,9 @@ def run_memory(
     """
     blocks = 0 if artifact is None else len(artifact.manifest["cost"]["saved_bytes"])
     choices = {"auto": range(blocks + 1), "none": range(1), "block": range(blocks, blocks + 1)}[config.run.recompute]
-    several, room = accumulation > 1, free * FILLED
     for recomputed in choices:
-        needed = _memory(config, plan, artifact, several=several, world_size=world_size, recomputed=recomputed)
-        if needed.total <= room:
+        needed = _memory(config, plan, artifact, accumulation, world_size=world_size, recomputed=recomputed)
+        if needed.total <= free * FILLED:
             break
     return needed
 
@@ -185,12 +185,24 @@ def blocks_to_recompute(
 
 
 def _memory(
-    config: TrainConfig, plan: StepPlan, artifact: Artifact | None, *, several: bool, world_size: int, recomputed: int
+    config: TrainConfig,
+    plan: StepPlan,
+    artifact: Artifact | None,
+    accumulation: int,
+    *,
+    world_size: int,
+    recomputed: int,
 ) -> MemoryEstimate:
-    precision, training = plan.precision, config.training
+    precision, training, several = plan.precision, config.training, accumulation > 1
+    waits = training.max_grad_norm is not None or training.max_nonfinite_steps > 0  # for all gradients, to judge them
     num_parameters = plan.num_parameters
     if artifact is not None:
-        whole = compiled_estimate(artifact.manifest, precision, several_microbatches=several, recomputed=recomputed)
+        looks = waits or training.max_grad_value is not None or config.logging.stats_every is not None
+        pairs = (
+            accumulation == 2 and world_size == 1 and not looks and has_pairs(artifact.manifest["schedule"]["updates"])
+        )
+        wide = several and not pairs
+        whole = compiled_estimate(artifact.manifest, precision, several_microbatches=wide, recomputed=recomputed)
     else:
         length = config.model.max_seq_length
         batch_size = training.batch_size
@@ -204,7 +216,6 @@ def _memory(
         )
         teacher = plan.bare_teacher()
         whole = replace(whole, teacher=0 if teacher is None else sum(each.nbytes for each in teacher.parameters()))
-    waits = training.max_grad_norm is not None or training.max_nonfinite_steps > 0  # for all gradients, to judge them
     if artifact is not None and not (several or waits or artifact.manifest["optimizer"]["totals"]):
         whole = replace(whole, gradients=whole.gradients * 2 * _largest_group(artifact, plan) // plan.num_trained)
     mine = of_one_worker(whole, plan.num_trained, world_size, shards=training.shard_optimizer)

@@ -28,7 +28,7 @@ from backends import layers, lora, state, stochastic_rounding
 from backends.errors import UserError
 from backends.kernels import dither
 from backends.lora import Lora
-from backends.precision import PrecisionPolicy
+from backends.precision import BITS, PrecisionPolicy
 from backends.routing import Plan, route
 from backends.routing_table import shorten
 from compiled.mlir.compilers import describe_target
@@ -46,8 +46,7 @@ _NOT_COMPILED = (
     *("max_seq_length", "verbose", "debug", "workers", "calibrate_steps", "merge"),
     *("mlir.whole_step", "mlir.timeout_s", "mlir.memory_gb"),
 )
-# Bytes of float32 logits a chunk of the loss may take: small enough to stay near the processor, large enough for its
-# products.
+# Bytes of logits a chunk of the loss may take: small enough to stay near the processor, large enough for its products.
 _LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 
 
@@ -123,6 +122,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
     updates = add_updates(config.lora, model, config.training.seed)
     groups = parameter_groups(config.optimizer, model)
     teacher = teacher_config(config, model_config.vocab_size)
+    width = logit_bytes(kind, config.precision, with_teacher=teacher is not None)
     logits_a_token = model_config.vocab_size * (1 if teacher is None else 2)  # the teacher has as many
     tokens = config.training.batch_size * config.model.max_seq_length
     spec = StepSpec(
@@ -133,7 +133,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         max_seq_length=config.model.max_seq_length,
         precision=config.precision.named(),
         article_attention=config.model.article_attention,
-        head_chunks=head_chunks(config.compile.head_chunks, tokens, logits_a_token, kind),
+        head_chunks=head_chunks(config.compile.head_chunks, tokens, width * logits_a_token, kind),
         optimizer=_optimizer_fields(config.optimizer.name, groups),
         device=describe_device(kind),
         versions=describe_versions(kind) | {"source": _source_fingerprint()},
@@ -186,7 +186,13 @@ def read_model_config(config: TrainConfig) -> tuple[str, Any]:
     return Path(str(config_name or names.model_name_or_path)).resolve().name, model_config
 
 
-def head_chunks(asked: int | None, tokens: int, vocab_size: int, kind: str) -> int:
+def logit_bytes(kind: str, precision: PrecisionPolicy, *, with_teacher: bool) -> int:
+    """Bytes of a logit in memory: a GPU's kernel reads it as the projection left it, others as float32 or wider."""
+    by_kernel = kind == "cuda" and not with_teacher
+    return min(BITS[precision.compute] // 8, 4) if by_kernel else 4
+
+
+def head_chunks(asked: int | None, tokens: int, bytes_a_token: int, kind: str) -> int:
     """Pieces of equal size the loss is computed in: as asked, else the fewest whose logits fit the device's budget."""
     if asked is not None:
         if tokens % asked:
@@ -194,7 +200,7 @@ def head_chunks(asked: int | None, tokens: int, vocab_size: int, kind: str) -> i
                 f"compile.head_chunks={asked} does not divide the {tokens} tokens of a batch. Expected one that does."
             )
         return asked
-    fits = _LOGITS_BYTES[kind] // (4 * vocab_size)
+    fits = _LOGITS_BYTES[kind] // bytes_a_token
     return next(chunks for chunks in range(1, tokens + 1) if tokens % chunks == 0 and tokens // chunks <= max(fits, 1))
 
 

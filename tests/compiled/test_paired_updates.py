@@ -1,4 +1,4 @@
-"""Two workers' gradients that only the update adds, against the same step with sums made before it."""
+"""Two gradients that only the update adds, of workers or microbatches, against the same step with sums made before."""
 
 from collections.abc import Callable
 from typing import Any
@@ -74,3 +74,28 @@ def test_the_update_adds_to_the_same_bits(plan_of: PlanOf, monkeypatch: pytest.M
     clipped, none_paired = trained(step, monkeypatch, norm=1e9)  # looks at all sums, and changes nothing
     assert torch.equal(clipped[0], sums[0])
     assert none_paired == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_microbatches_of_one_worker_are_added_to_the_same_bits(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch, dtype: str, tied: bool
+) -> None:
+    plan = plan_of(f"model.dtype={dtype}", "optimizer.master_weights=none", tie_word_embeddings=tied)
+    by_kind = {}
+    for pairs in (False, True):
+        monkeypatch.setattr("compiled.schedule.PAIRS", ("cpu",) if pairs else ())
+        step = Compiled(plan, InterpretedArtifact(plan), [])
+        model = step.model()
+        program = Counting(step.artifact, model, moments_dtype=torch.float32, master_dtype=None)
+        losses, counts = [], []
+        for number, microbatches in enumerate((2, 1, 3, 2), 1):
+            batches = [step.batch(10 * number + index) for index in range(microbatches)]
+            program.paired = 0
+            losses.append(program.train_step(batches, step.hyperparameters(model, number), None).loss)
+            counts.append(program.paired)
+        by_kind[pairs] = losses, [parameter.detach().clone() for parameter in model.parameters()]
+        groups = len(step.artifact.manifest["schedule"]["updates"])
+        assert counts == ([groups, 0, 0, groups] if pairs else [0] * 4)
+    for found, expected in zip(by_kind[True], by_kind[False], strict=True):
+        assert all(map(torch.equal, found, expected))

@@ -107,6 +107,19 @@ def test_memory_counts_the_activations_the_artifact_tells_of(config: TrainConfig
     )
     state["totals"] = []
 
+    # bfloat16 gradients of two microbatches are added by the update, of more, or where somebody looks at them, before
+    half = dataclasses.replace(plan, precision=dataclasses.replace(plan.precision, parameters="bfloat16"))
+
+    def gradients(accumulation: int, world_size: int = 1, asked: TrainConfig = unclipped) -> int:
+        found = run_memory(asked, half, artifact, accumulation=accumulation, world_size=world_size, free=10**12)
+        return found.gradients // parameters
+
+    for update in artifact.manifest["schedule"]["updates"]:
+        update |= {"direct": "a", "paired": "b"}
+    assert [gradients(2), gradients(3), gradients(2, 2), gradients(2, asked=config)] == [2, 4, 4, 4]
+    artifact.manifest["schedule"]["updates"][0].pop("paired")
+    assert gradients(2) == 4
+
     rest = needed.total - 600
     assert chosen("none", 0) == (0, 600)
     assert chosen("block", 10**12) == (3, 300)

@@ -1,0 +1,47 @@
+"""Gradients of a step's microbatches on their way into one."""
+
+import torch
+from torch import Tensor
+
+from compiled.reduction import Gradients, addend
+
+
+class Accumulation:
+    """Sums groups of gradients in at least float32; `leaves_pairs`: two of a kind are left to the update to add."""
+
+    def __init__(self, *, leaves_pairs: bool = False) -> None:
+        self._leaves_pairs = leaves_pairs
+        self._groups: dict[int, Gradients] = {}
+
+    def add(self, group: int, gradients: Gradients) -> None:
+        """Keep a group's gradients of a microbatch that is not the last; empty where all of the group is frozen."""
+        if group in self._groups:
+            self._add_to(self._groups[group], gradients)
+        elif self._leaves_pairs:
+            self._groups[group] = gradients
+        else:
+            self._groups[group] = {name: gradient.to(wide(gradient)) for name, gradient in gradients.items()}
+
+    def finish(self, group: int, gradients: Gradients) -> Gradients:
+        """All of a step's gradients of a group, now that the last microbatch's are there; forgets them."""
+        before = self._groups.pop(group, None)
+        if before is None:
+            return gradients
+        if self._leaves_pairs:
+            return before | {addend(name): gradient for name, gradient in gradients.items()}
+        self._add_to(before, gradients)
+        return before
+
+    def _add_to(self, sums: Gradients, gradients: Gradients) -> None:
+        if gradients:
+            torch._foreach_add_(list(sums.values()), list(gradients.values()))
+
+
+def wide(gradient: Tensor) -> torch.dtype:
+    """The dtype a gradient is summed in."""
+    return torch.promote_types(gradient.dtype, torch.float32)
+
+
+def total(losses: list[Tensor]) -> Tensor:
+    """The sum of parts of a loss, all of one shape."""
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
