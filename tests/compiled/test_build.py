@@ -7,11 +7,13 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
+import torch
 
 from apps.training.step_plan import StepPlan
 from compiled import build as building
+from compiled import lowering
 from compiled.artifact import open_artifact, read_member
-from compiled.build import build, step_cost
+from compiled.build import build, logits_written_over, step_cost
 from compiled.capture import Captured
 from compiled.regions import RegionSpec
 from compiled.schedule import Schedule, capture_step
@@ -129,3 +131,24 @@ def test_the_heads_memory_is_that_of_a_chunk_of_logits(plan_of: PlanOf, chunks: 
     assert cost["head_bytes"] == 3 * (320 // chunks) * 70 * (4 if dtype == "float32" else 8)
     whole, _, _ = costs(plan_of(f"model.dtype={dtype}", "training.batch_size=20", vocab_size=70))
     assert cost["flops"] == whole["flops"]
+
+
+def test_a_kernel_that_writes_over_the_logits_needs_no_more(plan_of: PlanOf) -> None:
+    pytest.importorskip("triton")
+    from backends.kernels import cross_entropy
+
+    cross_entropy.register()
+    plan = plan_of()
+    regions, schedule = capture_step(plan.model, plan.spec, plan.optimizers, plan.precision)
+    assert logits_written_over(regions["head_train"]) is None
+    graph = torch.fx.Graph()
+    logits = graph.placeholder("logits")
+    with lowering.fake_mode():
+        logits.meta["val"] = torch.empty(7, 50, dtype=torch.bfloat16)
+    operator = torch.ops.substrate.cross_entropy_gradient.default
+    graph.output(graph.call_function(operator, (logits, logits, logits, None, None)))
+    head = regions["head_train"]
+    found = logits_written_over(Captured(torch.fx.GraphModule({}, graph), [], head.spec))
+    assert found == 7 * 50 * 2
+    specs = {name: captured.spec for name, captured in regions.items()}
+    assert step_cost(specs, schedule, plan.spec, found)["head_bytes"] == found
