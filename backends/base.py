@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from backends.articles import mask_of_spans
 from backends.errors import UserError
 from backends.options import build_config
 
@@ -132,6 +133,21 @@ class Backend:
         return self.attention_of_products(
             q, k, v, mask=mask, scale=scale, is_causal=is_causal, state=state, training=training
         )
+
+    def article_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        articles: Tensor,
+        scale: float,
+        state: State,
+        training: bool = False,
+    ) -> tuple[Tensor, State]:
+        """`attention` with the mask of packed articles: int32 [2, B, S], see `backends.articles.article_spans`."""
+        mask = mask_of_spans(articles)
+        return self.attention(q, k, v, mask=mask, scale=scale, is_causal=False, state=state, training=training)
 
     def drops_attention(self) -> bool:
         """Whether `attention_of_products` is this backend's attention, so that its weights can be dropped out."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backends.base import Backend, State
+from backends.kernels.article_attention import article_attention, has_article_kernels
 
 
 class Dense(Backend):
@@ -18,6 +19,11 @@ class Dense(Backend):
     """
 
     joins_rows: ClassVar[bool] = True
+    source_modules: ClassVar[tuple[str, ...]] = (
+        "backends.articles",
+        "backends.kernels.article_attention",
+        "backends.kernels.triton_article_attention",
+    )
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: State, *, training: bool = False
@@ -57,6 +63,21 @@ class Dense(Backend):
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
         return out, state
+
+    def article_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        articles: Tensor,
+        scale: float,
+        state: State,
+        training: bool = False,
+    ) -> tuple[Tensor, State]:
+        if has_article_kernels(q, k, v, scale):
+            return article_attention(q, k, v, articles, scale), state
+        return super().article_attention(q, k, v, articles=articles, scale=scale, state=state, training=training)
 
 
 def _composed_is_faster(q: Tensor, k: Tensor) -> bool:

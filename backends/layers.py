@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backends import load
+from backends.articles import mask_of_spans
 from backends.base import Backend
 from backends.errors import UserError
 from backends.kernels.external import computed_by
@@ -145,28 +146,33 @@ class BackendAttention(Stateful):
         mask: Tensor | None,
         scale: float,
         is_causal: bool = True,
+        articles: Tensor | None = None,
         drop: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """softmax(q kᵀ · scale) v: q [B, heads, S, head_dim], k and v [B, key_value_heads, S_kv, head_dim] → as q.
 
         `mask` is boolean, True = attend, broadcast to [B, 1, S, S_kv]; `is_causal` counts only without a mask.
+        `articles`: int32 [2, B, S] of `backends.articles.article_spans`, in place of the mask that it stands for.
         `drop`: what training does to the weights [B, heads, S, S_kv] behind the softmax. UserError where the backend
         does not make them.
         """
         q, k, v = (cast(x, self.compute_dtype) for x in (q, k, v))
         backend = computed_by(self.backend)
-        compute: Callable[..., Any] = backend.attention
+        compute: Callable[..., Any]
         if drop is not None and self.training:
             if not backend.drops_attention():
                 raise UserError(
                     f"Backend {backend} computes attention in one piece, whose weights cannot be dropped out. "
                     "Use model.attention_dropout=0, or another backend for attention."
                 )
-            compute = partial(backend.attention_of_products, drop=drop)
+            mask = mask if articles is None else mask_of_spans(articles)
+            compute = partial(backend.attention_of_products, mask=mask, is_causal=is_causal, drop=drop)
+        elif articles is not None:
+            compute = partial(backend.article_attention, articles=articles)
+        else:
+            compute = partial(backend.attention, mask=mask, is_causal=is_causal)
         out = self.call_with_state(
-            lambda state: compute(
-                q, k, v, mask=mask, scale=scale, is_causal=is_causal, state=state, training=self.training
-            )
+            lambda state: compute(q, k, v, scale=scale, state=state, training=self.training),
         )
         return _of_shape(out, (*q.shape[:-1], v.shape[-1]), backend, "attention")
 

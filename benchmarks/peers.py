@@ -23,6 +23,7 @@ def peer_step(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from apps.training.random_step import random_batch
+    from backends.articles import article_mask
     from backends.precision import as_torch
 
     if name == "liger":
@@ -43,7 +44,7 @@ def peer_step(
     batch = random_batch(plan, device)
     inputs = {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
     if "article_ids" in batch:
-        inputs["attention_mask"] = plan.model.article_mask(batch["article_ids"])
+        inputs["attention_mask"] = article_mask(batch["article_ids"])
 
     def step() -> None:
         for _ in range(accumulation):

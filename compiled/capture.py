@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from compiled import lowering
+from compiled.dear_activations import compute_masks_again
 from compiled.flops import count_flops
 from compiled.regions import RegionSpec, TensorSpec
 from compiled.stages import Stage
@@ -109,6 +110,8 @@ def capture_stage(
     if not any(tensor.requires_grad for tensor in inputs.values()):
         return capture_function(f"{name}_forward", forward, inputs, outputs), None
     joint = lowering.trace_joint(forward, list(inputs.values()))
+    if "articles" in inputs:
+        compute_masks_again(joint, list(inputs).index("articles"))
     forward_graph, backward_graph = lowering.split_joint(
         joint, len(outputs), len(stage.tensors()), keeps_cheap=sources.keeps_cheap
     )

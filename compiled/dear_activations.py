@@ -1,4 +1,4 @@
-"""What a block keeps of its activations, when it keeps only what is dear to compute."""
+"""What a block does not keep of its activations, because its backward makes it again for little."""
 
 import torch
 from torch.fx import GraphModule, Node
@@ -26,6 +26,28 @@ def compute_cheap_ones_again(joint: GraphModule) -> None:
         if "recompute" not in node.meta and _is_cheap(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             found += node.all_input_nodes
+
+
+def compute_masks_again(joint: GraphModule, number: int) -> None:
+    """Mark what elementwise operators make of input `number` and constants as made again by the backward.
+
+    A mask made of the spans of articles is [B, S, S] and would be kept by every block; the spans lie there anyway.
+    """
+    made, constants = {joint.graph.find_nodes(op="placeholder")[number]}, set[Node]()
+    for node in joint.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op in ("placeholder", "output") or (sources and not _is_cheap(node)):
+            continue
+        if constants.issuperset(sources):
+            constants.add(node)
+        elif made.issuperset(set(sources) - constants):
+            made.add(node)
+    found = list(made)
+    while found:
+        node = found.pop()
+        if node.all_input_nodes:
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        found += constants.intersection(node.all_input_nodes)
 
 
 def _is_cheap(node: Node) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from backends.articles import article_spans
 from backends.state import require_calibrated
 from compiled.accumulation import Accumulation, total, wide
 from compiled.artifact import Artifact
@@ -292,5 +293,5 @@ class CompiledProgram:
     def _shared(self, microbatch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shared = self.tables | {name: microbatch[name] for name in ("first_row",) if name in microbatch}
         if self.spec["article_attention"]:
-            shared["mask"] = self.model.article_mask(microbatch["article_ids"])
+            shared["articles"] = article_spans(microbatch["article_ids"])
         return shared

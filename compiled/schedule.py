@@ -162,9 +162,9 @@ def _add_stage(
 
 
 def _shared_inputs(model: StagedModel, spec: StepSpec, sources: Sources) -> dict[str, Tensor]:
-    """cos and sin [S, head_dim], and with article attention the mask [B, 1, S, S]: the same tensors for every block."""
+    """cos and sin [S, head_dim], and with article attention the articles' spans: the same tensors for every block."""
     cos, sin = model.rotary_tables(spec.max_seq_length, torch.device("cpu"))
     shared = {"cos": sources.like(cos), "sin": sources.like(sin)}
     if spec.article_attention:
-        shared["mask"] = sources.empty((spec.batch_size, 1, spec.max_seq_length, spec.max_seq_length), torch.bool)
+        shared["articles"] = sources.empty((2, spec.batch_size, spec.max_seq_length), torch.int32)
     return shared

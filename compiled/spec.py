@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 # What a compiler may use of a CPU; the rest of /proc/cpuinfo's flags never reaches generated code.
 _ISA_PREFIXES = (

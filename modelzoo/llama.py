@@ -1,7 +1,7 @@
 """The zoo Llama: a PreTrainedModel with transformers' parameter names, built of layers that ask a backend.
 
 It loads and saves plain Hugging Face checkpoints, works with `generate()` and Trainer, and offers its parts one by one
-(`stages`, `rotary_tables`, `article_mask`) to a program that runs them as compiled regions.
+(`stages`, `rotary_tables`) to a program that runs them as compiled regions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from backends.articles import article_mask
 from backends.errors import UserError
 from backends.precision import PrecisionPolicy, as_torch
 from modelzoo.dropout import name_dropouts
@@ -99,7 +100,7 @@ class ZooLlamaModel(ZooLlamaPreTrainedModel):
                 position_ids=position_ids,
             )
         else:
-            mask = self.article_mask(article_ids)
+            mask = article_mask(article_ids)
         cos, sin = rotary_tables(self.config, position_ids, self.compute_dtype)
 
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -108,7 +109,7 @@ class ZooLlamaModel(ZooLlamaPreTrainedModel):
             if keep:
                 kept.append(hidden_states)
             update = None if past_key_values is None else partial(past_key_values.update, layer_idx=index)
-            hidden_states = layer(hidden_states, cos, sin, mask, update)
+            hidden_states = layer(hidden_states, cos, sin, None, mask, update)
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -120,11 +121,6 @@ class ZooLlamaModel(ZooLlamaPreTrainedModel):
     def compute_dtype(self) -> torch.dtype:
         """The dtype of products: the config's, or the parameters'."""
         return chosen_dtype(self.config.compute_dtype) or self.norm.weight.dtype
-
-    def article_mask(self, article_ids: Tensor) -> Tensor:
-        """article_ids [B, S] -> bool [B, 1, S, S], True where the key is in the query's article and not after it."""
-        same = article_ids[:, :, None] == article_ids[:, None, :]
-        return same.tril()[:, None]
 
 
 class ZooLlamaForCausalLM(ZooLlamaPreTrainedModel, GenerationMixin):
@@ -196,10 +192,6 @@ class ZooLlamaForCausalLM(ZooLlamaPreTrainedModel, GenerationMixin):
         """(cos, sin) of positions 0 … seq_len-1, each [seq_len, head_dim] in the compute dtype, as blocks want them."""
         positions = torch.arange(seq_len, device=device)
         return rotary_tables(self.config, positions, self.model.compute_dtype, seq_len)
-
-    def article_mask(self, article_ids: Tensor) -> Tensor:
-        """article_ids [B, S] -> bool [B, 1, S, S], True where the key is in the query's article and not after it."""
-        return self.model.article_mask(article_ids)
 
 
 def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:

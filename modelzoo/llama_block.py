@@ -88,7 +88,13 @@ class ZooLlamaAttention(BackendAttention):
         self.dropout = make_dropout(config.drop_attention)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache_update: CacheUpdate | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        articles: Tensor | None,
+        mask: Tensor | None,
+        cache_update: CacheUpdate | None,
     ) -> Tensor:
         """x [B, S, D] -> [B, S, D]. See ZooLlamaDecoderLayer for the other arguments."""
         q, k, v = joint_linear(self, x)
@@ -98,7 +104,9 @@ class ZooLlamaAttention(BackendAttention):
         if cache_update is not None:
             k, v = cache_update(k, v)
         is_causal = mask is None and q.shape[2] > 1
-        out = self.attend(q, k, v, mask=mask, scale=self.scaling, is_causal=is_causal, drop=self.dropout)
+        out = self.attend(
+            q, k, v, mask=mask, scale=self.scaling, is_causal=is_causal, articles=articles, drop=self.dropout
+        )
         return self.o_proj(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -142,16 +150,18 @@ class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         cos: Tensor,
         sin: Tensor,
+        articles: Tensor | None = None,
         mask: Tensor | None = None,
         cache_update: CacheUpdate | None = None,
     ) -> Tensor:
         """hidden states [B, S, D] in the residual dtype -> the same shape and dtype.
 
-        cos, sin: [S, head_dim], or [B, S, head_dim], in the compute dtype. mask: bool [B, 1, S, S_kv], True = attend;
-        None = causal (a single query sees every key). cache_update(k, v): returns the keys and values to attend to.
+        cos, sin: [S, head_dim], or [B, S, head_dim], in the compute dtype. articles: int32 [2, B, S], the spans that
+        attention stays inside (`backends.articles`). mask: bool [B, 1, S, S_kv], True = attend. Neither = causal (a
+        single query sees every key). cache_update(k, v): returns the keys and values to attend to.
         """
         residual = hidden_states
-        hidden_states = self.self_attn(self.input_layernorm(hidden_states), cos, sin, mask, cache_update)
+        hidden_states = self.self_attn(self.input_layernorm(hidden_states), cos, sin, articles, mask, cache_update)
         if self.attention_dropout is not None:
             hidden_states = self.attention_dropout(hidden_states)
         hidden_states = residual + hidden_states.to(residual.dtype)

@@ -16,7 +16,7 @@ Role = Literal[
     "state",  # what a backend remembers
     "gradient",
     "batch",  # tokens, labels, their weights in the loss
-    "table",  # cos, sin, mask: the same in every step, or made of the batch
+    "table",  # cos, sin, articles: the same in every step, or made of the batch
     "hyper-parameter",
     "activation",
     "loss",
@@ -24,7 +24,7 @@ Role = Literal[
 # Names that regions give to what is no tensor of the model or of its optimizer.
 _FIXED: dict[str, Role] = {
     **dict.fromkeys(("input_ids", "labels", "grad_scale", "first_row"), "batch"),
-    **dict.fromkeys(("cos", "sin", "mask"), "table"),
+    **dict.fromkeys(("cos", "sin", "articles"), "table"),
     **dict.fromkeys(("hyperparameters", "grad_coef", "totals", *TERMS, *DISTILL_TERMS), "hyper-parameter"),
     **dict.fromkeys(("loss", "accuracy", "done"), "loss"),
 }

@@ -99,7 +99,7 @@ class StepArguments:
         self._add("labels", "batch", head["labels"].dtype, ids.shape)
         self._add("grad_scale", "batch", head["grad_scale"].dtype, ids.shape)
         used = {name: spec for part in inputs.values() for name, spec in part.items()}
-        roles: dict[str, Role] = {"first_row": "batch", "cos": "table", "sin": "table", "mask": "table"}
+        roles: dict[str, Role] = {"first_row": "batch", "cos": "table", "sin": "table", "articles": "table"}
         roles.update(dict.fromkeys(TERMS, "hyper-parameter"))
         for name, role in roles.items():
             if name in used:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from apps.training.random_step import random_batch
 from apps.training.step_plan import plan_step
+from backends.articles import article_mask
 from benchmarks.peers import Missing, peer_step
 from tests.apps.training.plans import settings_of, write_config
 
@@ -47,7 +48,7 @@ def test_transformers_takes_the_mask_of_articles_as_it_is(tmp_path: Path) -> Non
     ids = torch.randint(0, 96, (1, 16))
     articles = torch.tensor([[1] * 5 + [2] * 11], dtype=torch.int32)
     with torch.no_grad():
-        whole = model(input_ids=ids, attention_mask=plan.model.article_mask(articles)).logits
+        whole = model(input_ids=ids, attention_mask=article_mask(articles)).logits
         places = torch.arange(16)[None]
         for part in (slice(0, 5), slice(5, 16)):
             alone = model(input_ids=ids[:, part], position_ids=places[:, part]).logits

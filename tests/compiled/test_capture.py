@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from apps.training.step_plan import StepPlan
-from backends import load
+from backends import load, route
+from backends.articles import article_spans
+from backends.kernels import article_attention, in_capture
 from backends.layers import BackendLinear
 from compiled import lowering
 from compiled.capture import Captured, Sources, capture_function, capture_stage
 from compiled.stages import Stage, make_stage
+from tests.backends.kernels.interpreter import needs_triton
 from tests.compiled.interpreted import assert_close, random_inputs, random_tensor, run
 
 PlanOf = Callable[..., StepPlan]
@@ -23,17 +26,19 @@ def sources() -> Sources:
     return Sources(lowering.fake_mode(), torch.device("cpu"))
 
 
-def capture_block(plan: StepPlan, with_mask: bool = False) -> tuple[Stage, Captured, Captured]:
+def capture_block(
+    plan: StepPlan, with_articles: bool = False, dtype: torch.dtype = DTYPE
+) -> tuple[Stage, Captured, Captured]:
     """The first block of the plan's model, on [2, 16] tokens."""
     made, stage = sources(), make_stage(plan.model, "model.layers.0")
     head_dim, hidden = plan.model_config.head_dim, plan.model_config.hidden_size
     activations = {
-        "hidden_states": made.empty((2, 16, hidden), DTYPE, requires_grad=True),
-        "cos": made.empty((16, head_dim), DTYPE),
-        "sin": made.empty((16, head_dim), DTYPE),
+        "hidden_states": made.empty((2, 16, hidden), dtype, requires_grad=True),
+        "cos": made.empty((16, head_dim), dtype),
+        "sin": made.empty((16, head_dim), dtype),
     }
-    if with_mask:
-        activations["mask"] = made.empty((2, 1, 16, 16), torch.bool)
+    if with_articles:
+        activations["articles"] = made.empty((2, 2, 16), torch.int32)
     with lowering.quiet_torch():
         return stage, *capture_stage("block", stage, activations, made)
 
@@ -52,8 +57,8 @@ def autograd(
 
 def assert_captured_equals_autograd(stage: Stage, forward: Captured, backward: Captured, leaves: list[str]) -> None:
     tensors = random_inputs(forward)
-    if "mask" in tensors:  # a token always attends to itself, as in every mask the model makes
-        tensors["mask"] |= torch.eye(16, dtype=torch.bool)
+    if "articles" in tensors:
+        tensors["articles"] = article_spans(torch.tensor([[1] * 5 + [2] * 8 + [0] * 3, [1] * 16]))
     grad_output = random_tensor(forward.spec.outputs[0], seed=99)
     outputs = run(forward, tensors)
     gradients = run(backward, tensors | outputs | {"grad_output": grad_output})
@@ -63,18 +68,44 @@ def assert_captured_equals_autograd(stage: Stage, forward: Captured, backward: C
 
 
 @pytest.mark.parametrize(
-    ("fields", "with_mask"),
+    ("fields", "with_articles"),
     [
         ({}, False),
         ({"attention_bias": True, "mlp_bias": True}, False),
         ({"num_key_value_heads": 4, "hidden_act": "gelu"}, True),
     ],
-    ids=["grouped-heads", "biased", "masked"],
+    ids=["grouped-heads", "biased", "articles"],
 )
-def test_a_block_equals_autograd(plan_of: PlanOf, fields: dict[str, Any], with_mask: bool) -> None:
-    stage, forward, backward = capture_block(plan_of("model.dtype=float64", **fields), with_mask)
+def test_a_block_equals_autograd(plan_of: PlanOf, fields: dict[str, Any], with_articles: bool) -> None:
+    stage, forward, backward = capture_block(plan_of("model.dtype=float64", **fields), with_articles)
     leaves = [*(slot.local for slot in stage.parameters), "hidden_states"]
     assert_captured_equals_autograd(stage, forward, backward, leaves)
+
+
+@pytest.mark.parametrize("rules", [[], [{"match": "*.self_attn", "use": "optical"}]], ids=["dense", "optical"])
+def test_no_mask_crosses_from_forward_to_backward(plan_of: PlanOf, rules: list[dict[str, Any]]) -> None:
+    """The backward makes it again of the articles' spans: kept, it would be [B, S, S] a block."""
+    plan = plan_of()
+    route(plan.model, rules)
+    _, forward, backward = capture_block(plan, with_articles=True, dtype=torch.float32)
+    masks = [(16, 16), (2, 16, 16), (2, 1, 16, 16)]
+    assert not [each.name for each in (*forward.spec.outputs, *backward.spec.inputs) if each.shape in masks]
+    assert "articles" in [each.name for each in backward.spec.inputs]
+
+
+@needs_triton
+def test_a_block_traced_for_a_gpu_attends_inside_articles_by_kernels(
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(article_attention, "takes_kernels", lambda _: bool(in_capture._captures))
+    plan = plan_of("model.dtype=bfloat16", hidden_size=256)  # heads of 64 channels
+    _, forward, backward = capture_block(plan, with_articles=True, dtype=torch.bfloat16)
+    for region in (forward, backward):
+        names = [str(node.target) for node in region.graph.graph.nodes if node.op == "call_function"]
+        part = region.spec.name.removeprefix("block_")
+        assert [name for name in names if "attention" in name] == [f"substrate.article_attention_{part}.default"]
+        values = [node.meta["val"] for node in region.graph.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
+        assert not [value for value in values if value.shape[-2:] == (16, 16)]
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_keep_theirs(plan_of: PlanOf) -> None:

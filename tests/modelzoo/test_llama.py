@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from backends.articles import article_spans
 from modelzoo.configuration_transformer import ConfigurationTransformer
 from modelzoo.llama import ZooLlamaForCausalLM, causal_lm_loss
 from modelzoo.llama_config import ZooLlamaConfig
@@ -100,10 +101,10 @@ def test_stages_run_by_hand_are_the_forward(article_attention: bool, precision: 
     article_ids = torch.tensor([[1] * 8 + [2] * 12, [1] * 15 + [0] * 5]) if article_attention else None
     stages = ours.stages()
     cos, sin = ours.rotary_tables(20)
-    mask = None if article_ids is None else ours.article_mask(article_ids)
+    articles = None if article_ids is None else article_spans(article_ids)
     hidden_states = ours.get_submodule(stages.embed)(input_ids)
     for block in stages.blocks:
-        hidden_states = ours.get_submodule(block)(hidden_states, cos, sin, mask)
+        hidden_states = ours.get_submodule(block)(hidden_states, cos, sin, articles)
     logits = ours.get_submodule(stages.head)(ours.get_submodule(stages.norm)(hidden_states))
     assert torch.equal(logits, ours(input_ids, article_ids=article_ids).logits)
 
@@ -122,13 +123,6 @@ def test_article_attention_equals_one_forward_per_article() -> None:
             alone = ours(input_ids[row : row + 1, article], position_ids=positions, use_cache=False).logits
             assert relative_error(together[row : row + 1, article], alone) < 1e-12
             start += length
-
-
-def test_article_mask_is_causal_and_inside_the_article() -> None:
-    _, ours = twins(llama_config())
-    mask = ours.article_mask(torch.tensor([[1, 1, 2, 0]], dtype=torch.int32))
-    assert mask.dtype == torch.bool
-    assert mask.tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]]]
 
 
 def test_training_with_article_attention_demands_the_articles() -> None:

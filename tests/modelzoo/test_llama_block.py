@@ -5,6 +5,7 @@ import torch
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from backends.articles import article_spans
 from modelzoo import build_meta
 from modelzoo.configuration_transformer import ConfigurationTransformer
 from modelzoo.llama_block import ZooLlamaDecoderLayer, ZooLlamaEmbedding, ZooLlamaRMSNorm
@@ -53,7 +54,7 @@ def test_block_obeys_a_mask() -> None:
     x = torch.randn(1, 4, 32, requires_grad=True)
     mask = torch.eye(4, dtype=torch.bool)[None, None]
     mask[..., 3, 1] = True
-    block(x, *tables, mask)[0, 3].sum().backward()
+    block(x, *tables, mask=mask)[0, 3].sum().backward()
     assert (x.grad[0] != 0).any(-1).tolist() == [False, True, False, True]
 
 
@@ -64,17 +65,17 @@ def test_block_runs_without_memory() -> None:
     assert (y.shape, y.dtype, y.device.type) == ((2, 6, 32), torch.bfloat16, "meta")
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_block_is_captured_as_one_pure_graph(masked: bool) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_block_is_captured_as_one_pure_graph(packed: bool) -> None:
     block = ZooLlamaDecoderLayer(zoo_config())
     parameters = dict(block.named_parameters())
-    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril() if masked else None
+    articles = (article_spans(torch.tensor([[1, 1, 2, 2, 2, 0], [1] * 6])),) if packed else ()
     inputs = (torch.randn(2, 6, 32), *rotary_tables(zoo_config(), torch.arange(6), torch.float32))
 
     def run(parameters: dict[str, torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         return functional_call(block, parameters, inputs)
 
-    arguments = (parameters, *inputs) if mask is None else (parameters, *inputs, mask)
+    arguments = (parameters, *inputs, *articles)
     graph = make_fx(run, tracing_mode="fake")(*arguments)
     assert not [node for node in graph.graph.nodes if node.op == "get_attr"]  # no constant baked in
-    assert torch.equal(graph(*arguments), block(*inputs, mask))
+    assert torch.equal(graph(*arguments), block(*inputs, *articles))

@@ -6,14 +6,17 @@ A program of its own, because Triton reads that variable once, when a kernel is 
 there.
 """
 
+import copy
 import json
 
 import torch
 from torch import Tensor
 
+from backends import dense
 from backends.articles import article_spans, mask_of_spans
 from backends.kernels import article_attention as kernels
 from tests.backends.kernels.article_reference import masked_attention
+from tests.modelzoo.llamas import llama_config, relative_error, twins
 
 CASES = {
     # batch, heads, key heads, tokens, chance that a token opens an article
@@ -54,6 +57,24 @@ def _largest(found: list[Tensor], leaves: list[Tensor], grad: Tensor, mask: Tens
     return [float((a - b.detach()).abs().max()) for a, b in zip(found, expected, strict=True)]
 
 
+def model_errors() -> dict[str, float]:
+    """Relative, of a model's logits and parameter gradients: its parts one by one, beside its forward in float64."""
+    torch.manual_seed(0)
+    _, model = twins(llama_config(num_key_value_heads=2, head_dim=16))
+    wide = copy.deepcopy(model).double()
+    input_ids, article_ids = torch.randint(0, 61, (2, 40)), (torch.rand(2, 40) < 0.1).cumsum(1)
+    stages, (cos, sin) = model.stages(), model.rotary_tables(40)
+    hidden_states = model.get_submodule(stages.embed)(input_ids)
+    for block in stages.blocks:
+        hidden_states = model.get_submodule(block)(hidden_states, cos, sin, article_spans(article_ids))
+    logits = model.get_submodule(stages.head)(model.get_submodule(stages.norm)(hidden_states))
+    expected, grad = wide(input_ids, article_ids=article_ids).logits, torch.randn(logits.shape)
+    pairs = [(logits, expected)]
+    found = torch.autograd.grad(logits, list(model.parameters()), grad)
+    pairs += zip(found, torch.autograd.grad(expected, list(wide.parameters()), grad.double()), strict=True)
+    return {str(number): relative_error(a.double(), b) for number, (a, b) in enumerate(pairs)}
+
+
 def use(tiles: kernels.Tiles) -> None:
     """So small that a sequence has several tiles of each kind: masked at either end, whole, cut by the row's end."""
     kernels.forward_tiles = kernels.grad_query_tiles = kernels.grad_key_tiles = lambda _: tiles  # type: ignore[assignment]
@@ -64,6 +85,8 @@ def main() -> None:
     for case, shape in CASES.items():
         print(json.dumps([case, errors(shape)]), flush=True)
     use(kernels.Tiles(16, 32, 4, 1))
+    dense.has_article_kernels = lambda *_: True  # type: ignore[assignment]
+    print(json.dumps(["a model", model_errors()]), flush=True)
     for seed in range(9):
         chance = (0.02, 0.1, 0.3)[seed % 3]
         print(json.dumps([f"layout {seed}", errors((1, 4, 2, 49 + seed, chance), seed)]), flush=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from apps.training.step_plan import StepPlan
+from backends.articles import article_spans
 from compiled import lowering as inductor
 from compiled.capture import Captured
 from compiled.regions import RegionSpec
@@ -43,15 +44,15 @@ def capture(plan_of: Callable[..., StepPlan]) -> Capture:
 
 
 def random_inputs(spec: RegionSpec, seed: int = 0) -> list[Tensor]:
-    """Values a region may be given: small normal numbers, ids below 16, a mask that lets each token see something."""
+    """Values a region may be given: small normal numbers, ids below 16, articles that every token is in."""
     generator = torch.Generator().manual_seed(seed)
     inputs = []
     for each in spec.inputs:
         dtype = getattr(torch, each.dtype)
-        if dtype is torch.bool:
+        if each.name == "articles":
+            value = article_spans((torch.rand(each.shape[1:], generator=generator) < 0.3).cumsum(1))
+        elif dtype is torch.bool:
             value = torch.rand(each.shape, generator=generator) < 0.7
-            if each.name == "mask":
-                value = value | torch.eye(each.shape[-1], dtype=torch.bool)
         elif dtype.is_floating_point:
             value = torch.randn(each.shape, generator=generator, dtype=torch.float64)
             is_square = each.name.startswith("exp_avg_sq") or each.name.endswith("_max")

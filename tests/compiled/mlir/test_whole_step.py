@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apps.training.eager_program import EagerProgram
 from apps.training.step_plan import StepPlan
+from backends.articles import article_spans
 from backends.errors import UserError
 from compiled.build import build
 from compiled.mlir.isolation import Limits
@@ -37,7 +38,7 @@ def given(step: WholeStep, compiled: Compiled, model: Any, number: int, state: d
     named |= {"cos": cos, "sin": sin, "first_row": torch.zeros((), dtype=torch.int64)}
     named |= {"hyperparameters": compiled.hyperparameters(model, number), "max_grad_norm": torch.tensor(0.5)}
     if compiled.plan.spec.article_attention:
-        named["mask"] = model.article_mask(batch["article_ids"])
+        named["articles"] = article_spans(batch["article_ids"])
     values = []
     for name, value in step.arguments.values.items():
         dtype = getattr(torch, value.dtype)
