@@ -11,7 +11,8 @@ configurations, which is how those in `backends/kernels/article_attention.py` ar
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +136,37 @@ def timed(work: Callable[[], Any]) -> float:
         return float(do_bench_cudagraph(work, rep=100, return_mode="median"))
 
 
-# packed rows, keys, warps, pipeline stages: none spills a register on Hopper
-TILES: dict[int, dict[str, list[tuple[int, int, int, int]]]] = {
+# packed rows, keys, warps, pipeline stages, whether tiles without a mask have their own loop; none spills on Hopper
+TILES: dict[int, dict[str, list[tuple[int, int, int, int, bool]]]] = {
     64: {
-        "forward_tiles": [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2)],
-        "grad_query_tiles": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)],
-        "grad_key_tiles": [(64, 64, 4, 2), (32, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2)],
+        "forward_tiles": [
+            (128, 64, 8, 3, True),
+            (128, 64, 8, 3, False),
+            (64, 64, 4, 3, True),
+            (64, 64, 4, 3, False),
+            (128, 64, 4, 3, True),
+            (128, 128, 8, 2, True),
+        ],
+        "grad_query_tiles": [
+            (64, 64, 4, 2, True),
+            (64, 64, 4, 2, False),
+            (64, 64, 4, 3, True),
+            (128, 64, 8, 2, True),
+            (128, 64, 8, 2, False),
+        ],
+        "grad_key_tiles": [
+            (64, 128, 8, 2, True),
+            (64, 128, 8, 2, False),
+            (64, 64, 4, 2, True),
+            (64, 64, 4, 2, False),
+            (32, 64, 4, 3, True),
+            (32, 128, 8, 2, True),
+        ],
     },
     128: {
-        "forward_tiles": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
-        "grad_query_tiles": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 3)],
-        "grad_key_tiles": [(32, 128, 8, 2), (32, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3)],
+        "forward_tiles": [(128, 64, 8, 3, True), (128, 64, 8, 3, False), (128, 64, 8, 2, True), (64, 64, 4, 2, True)],
+        "grad_query_tiles": [(128, 64, 8, 2, True), (128, 64, 8, 2, False), (64, 64, 4, 2, True)],
+        "grad_key_tiles": [(32, 128, 8, 2, True), (32, 128, 8, 2, False), (32, 64, 4, 2, True), (32, 64, 4, 3, True)],
     },
 }
 KERNEL_OF = {
@@ -156,28 +177,44 @@ KERNEL_OF = {
 
 
 def try_tiles() -> None:
-    from torch.profiler import ProfilerActivity, profile
-
     for shape in SHAPES.values():
         given, grad = inputs(shape)
         spans = random_spans(shape[0], shape[3])
+        for packed in (8, 2, 1):
+            if packed <= kernels.packed_heads(*shape[1:3]):
+                with replaced("packed_heads", packed):
+                    print(shape, "packed heads", packed, kernel_times(given, grad, spans), flush=True)
         for function, choices in TILES[shape[4]].items():
-            before = getattr(kernels, function)
             for choice in choices:
-                setattr(kernels, function, lambda _, choice=choice: kernels.Tiles(*choice))
-                try:
-                    for _ in range(2):
-                        torch.autograd.grad(articles_of(*given, spans), given, grad)
-                    with profile(activities=[ProfilerActivity.CUDA]) as record:
-                        for _ in range(10):
-                            torch.autograd.grad(articles_of(*given, spans), given, grad)
-                        torch.cuda.synchronize()
-                    (spent,) = (each for each in record.key_averages() if each.key == KERNEL_OF[function])
-                    time = spent.device_time_total / spent.count / 1e3
-                    print(shape, function, choice, f"{time:.3f} ms", flush=True)
-                except Exception as error:  # a tile that does not fit: the next one may
-                    print(shape, function, choice, type(error).__name__, str(error)[:90], flush=True)
-            setattr(kernels, function, before)
+                with replaced(function, kernels.Tiles(*choice)):
+                    try:
+                        spent = kernel_times(given, grad, spans)[KERNEL_OF[function]]
+                        print(shape, function, choice, f"{spent:.3f} ms", flush=True)
+                    except Exception as error:  # a tile that does not fit: the next one may
+                        print(shape, function, choice, type(error).__name__, str(error)[:90], flush=True)
+
+
+@contextmanager
+def replaced(function: str, value: Any) -> Iterator[None]:
+    """`function` of the kernels' file gives `value` inside."""
+    before = getattr(kernels, function)
+    setattr(kernels, function, lambda *_: value)
+    yield
+    setattr(kernels, function, before)
+
+
+def kernel_times(given: list[Tensor], grad: Tensor, spans: Tensor) -> dict[str, float]:
+    """Milliseconds of each kernel, the mean of ten."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(2):
+        torch.autograd.grad(articles_of(*given, spans), given, grad)
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        for _ in range(10):
+            torch.autograd.grad(articles_of(*given, spans), given, grad)
+        torch.cuda.synchronize()
+    found = {each.key: each.device_time_total / each.count / 1e3 for each in record.key_averages()}
+    return {name: round(found[name], 4) for name in KERNEL_OF.values()}
 
 
 def main() -> None:

@@ -27,12 +27,13 @@ LOG2_E = math.log2(math.e)
 
 
 class Tiles(NamedTuple):
-    """Packed rows and keys of a tile, warps, pipeline stages."""
+    """Packed rows and keys of a tile, warps, pipeline stages; `split`: tiles without a mask have their own loop."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    split: bool = True
 
 
 def has_article_kernels(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
@@ -74,7 +75,7 @@ def article_attention_forward(q: Tensor, k: Tensor, v: Tensor, articles: Tensor,
     units = heads // pack
     wrap_triton(article_forward_kernel)[(-(-length * pack // tiles.rows), batch * units)](
         q, k, v, articles, out, logsums, length, *_strides(q, k, v, out),
-        scale * LOG2_E, units, k.shape[1], pack, head_dim, tiles.rows, tiles.keys,
+        scale * LOG2_E, units, k.shape[1], pack, head_dim, tiles.rows, tiles.keys, tiles.split,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out, logsums
@@ -102,14 +103,14 @@ def article_attention_backward(
     tiles = grad_query_tiles(head_dim)
     wrap_triton(article_grad_query_kernel)[(-(-length * pack // tiles.rows), batch * units)](
         q, k, v, grad, out, logsums, articles, grad_q, deltas, length, *_strides(q, k, v, grad, out, grad_q),
-        scale, scale * LOG2_E, units, groups, pack, head_dim, tiles.rows, tiles.keys,
+        scale, scale * LOG2_E, units, groups, pack, head_dim, tiles.rows, tiles.keys, tiles.split,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     tiles = grad_key_tiles(head_dim)
     wrap_triton(article_grad_key_kernel)[(-(-length // tiles.keys), batch * groups)](
         q, k, v, grad, logsums, deltas, articles, grad_k, grad_v, batch, length,
         *_strides(q, k, v, grad, grad_k, grad_v),
-        scale, scale * LOG2_E, units, groups, pack, head_dim, tiles.rows, tiles.keys,
+        scale, scale * LOG2_E, units, groups, pack, head_dim, tiles.rows, tiles.keys, tiles.split,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return grad_q, grad_k, grad_v
@@ -122,13 +123,13 @@ def packed_heads(heads: int, groups: int) -> int:
 
 
 def forward_tiles(head_dim: int) -> Tiles:
-    """Fixed by shape: a run never tries several."""
-    return Tiles(128, 64, 8, 3)
+    """Fixed by shape: a run never tries several. All fit into the 99 KiB that the smaller GPUs share in a block."""
+    return Tiles(128, 64, 8, 3) if head_dim <= 64 else Tiles(128, 64, 8, 2)
 
 
 def grad_query_tiles(head_dim: int) -> Tiles:
     """As `forward_tiles`, for dQ."""
-    return Tiles(64, 64, 4, 2) if head_dim <= 64 else Tiles(128, 64, 8, 2)
+    return Tiles(64, 64, 4, 2)
 
 
 def grad_key_tiles(head_dim: int) -> Tiles:

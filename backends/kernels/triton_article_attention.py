@@ -3,7 +3,8 @@
 Query heads that share a key head lie beside each other in a tile: row r of the packed rows is position r // PACK, head
 r % PACK of a unit of PACK heads. A tile then spans few positions, so that little of what it sweeps over is masked, and
 the gradients of keys sum over a unit's heads in one loop. A tile of queries sweeps from the first key of its oldest
-article to its own last position: tiles at both ends are masked, those between are not.
+article to its own last position. Tiles at both ends are masked; those between, where every key is in the article of
+every query, need no mask and with SPLIT have a loop of their own.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -56,7 +57,7 @@ def article_forward_kernel(
     STRIDE_VB: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_VN: tl.constexpr,
     STRIDE_OB: tl.constexpr, STRIDE_OH: tl.constexpr, STRIDE_OM: tl.constexpr,
     SCALE: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of packed rows, batch · units). SCALE: of scores, times log₂ e; logsums: log₂ Σ exp2, packed."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # in one long article the last tiles take longest: start them
@@ -78,8 +79,9 @@ def article_forward_kernel(
     latest = tl.minimum(earliest + ROWS // PACK, length) - 1
     first = tl.load(articles + earliest) // COLS * COLS
     diagonal = earliest // COLS * COLS
-    # from here on every key is in the article of every query of the tile
-    middle = tl.minimum(tl.cdiv(tl.load(articles + latest), COLS) * COLS, diagonal)
+    middle = diagonal
+    if SPLIT:
+        middle = tl.minimum(tl.cdiv(tl.load(articles + latest), COLS) * COLS, diagonal)
     turn = (middle - first) // COLS
     acc = tl.zeros((ROWS, D), tl.float32)
     top = tl.full((ROWS,), -1e30, tl.float32)  # finite: a tile may hold no key of a row
@@ -88,10 +90,11 @@ def article_forward_kernel(
         acc, top, total, q_tile, k, v, positions, begin, length, first, diagonal, turn,
         turn + tl.cdiv(latest + 1 - diagonal, COLS), SCALE, STRIDE_KN, STRIDE_VN, D, COLS, True,
     )  # fmt: skip
-    acc, top, total = forward_sweep(
-        acc, top, total, q_tile, k, v, positions, begin, length, middle, 0, 0,
-        (diagonal - middle) // COLS, SCALE, STRIDE_KN, STRIDE_VN, D, COLS, False,
-    )  # fmt: skip
+    if SPLIT:
+        acc, top, total = forward_sweep(
+            acc, top, total, q_tile, k, v, positions, begin, length, middle, 0, 0,
+            (diagonal - middle) // COLS, SCALE, STRIDE_KN, STRIDE_VN, D, COLS, False,
+        )  # fmt: skip
     acc = acc / total[:, None]
     out += wide_batch * STRIDE_OB
     place = out + heads[:, None] * STRIDE_OH + positions[:, None] * STRIDE_OM + d[None, :]
@@ -139,7 +142,7 @@ def article_grad_query_kernel(
     STRIDE_OB: tl.constexpr, STRIDE_OH: tl.constexpr, STRIDE_OM: tl.constexpr,
     STRIDE_DB: tl.constexpr, STRIDE_DH: tl.constexpr, STRIDE_DM: tl.constexpr,
     PLAIN_SCALE: tl.constexpr, SCALE: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid as the forward's. Writes dQ, and Σ dO ∘ O of each packed row for the other kernel."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -173,17 +176,20 @@ def article_grad_query_kernel(
     latest = tl.minimum(earliest + ROWS // PACK, length) - 1
     first = tl.load(articles + earliest) // COLS * COLS
     diagonal = earliest // COLS * COLS
-    middle = tl.minimum(tl.cdiv(tl.load(articles + latest), COLS) * COLS, diagonal)
+    middle = diagonal
+    if SPLIT:
+        middle = tl.minimum(tl.cdiv(tl.load(articles + latest), COLS) * COLS, diagonal)
     turn = (middle - first) // COLS
     acc = tl.zeros((ROWS, D), tl.float32)
     acc = query_sweep(
         acc, q_tile, grad_tile, logsum, delta, k, v, positions, begin, length, first, diagonal, turn,
         turn + tl.cdiv(latest + 1 - diagonal, COLS), SCALE, STRIDE_KN, STRIDE_VN, D, COLS, True,
     )  # fmt: skip
-    acc = query_sweep(
-        acc, q_tile, grad_tile, logsum, delta, k, v, positions, begin, length, middle, 0, 0,
-        (diagonal - middle) // COLS, SCALE, STRIDE_KN, STRIDE_VN, D, COLS, False,
-    )  # fmt: skip
+    if SPLIT:
+        acc = query_sweep(
+            acc, q_tile, grad_tile, logsum, delta, k, v, positions, begin, length, middle, 0, 0,
+            (diagonal - middle) // COLS, SCALE, STRIDE_KN, STRIDE_VN, D, COLS, False,
+        )  # fmt: skip
     grad_q += wide_batch * STRIDE_DB
     place = grad_q + heads[:, None] * STRIDE_DH + positions[:, None] * STRIDE_DM + d[None, :]
     tl.store(place, (acc * PLAIN_SCALE).to(grad_q.dtype.element_ty), mask=inside[:, None])
@@ -240,7 +246,7 @@ def article_grad_key_kernel(
     STRIDE_CB: tl.constexpr, STRIDE_CH: tl.constexpr, STRIDE_CN: tl.constexpr,
     STRIDE_DB: tl.constexpr, STRIDE_DH: tl.constexpr, STRIDE_DN: tl.constexpr,
     PLAIN_SCALE: tl.constexpr, SCALE: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, PACK: tl.constexpr,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of keys, batch · key heads). Writes dK (strides C) and dV (strides D), summed over query heads."""
     batch, group = tl.program_id(1) // GROUPS, tl.program_id(1) % GROUPS
@@ -262,7 +268,9 @@ def article_grad_key_kernel(
     # queries from `diagonal` on, to the end of the first key's article, attend to every key of the tile
     diagonal = tl.cdiv(latest, POSITIONS) * POSITIONS
     begin = earliest // POSITIONS * POSITIONS
-    whole = tl.maximum(tl.load(ends + earliest) - diagonal, 0) // POSITIONS
+    whole = 0
+    if SPLIT:
+        whole = tl.maximum(tl.load(ends + earliest) - diagonal, 0) // POSITIONS
     turn = (diagonal - begin) // POSITIONS
     rest = diagonal + whole * POSITIONS
     left = tl.cdiv(tl.maximum(tl.load(ends + latest) - rest, 0), POSITIONS)
@@ -277,11 +285,12 @@ def article_grad_key_kernel(
             cols, length, begin, rest, turn, turn + left, SCALE, STRIDE_QH, STRIDE_QM, STRIDE_GH, STRIDE_GM, PACK, D,
             ROWS, True,
         )  # fmt: skip
-        grad_k_tile, grad_v_tile = key_sweep(
-            grad_k_tile, grad_v_tile, k_tile, v_tile, q_unit, grad_unit, logsums + packed, deltas + packed, articles,
-            cols, length, diagonal, 0, 0, whole, SCALE, STRIDE_QH, STRIDE_QM, STRIDE_GH, STRIDE_GM, PACK, D,
-            ROWS, False,
-        )  # fmt: skip
+        if SPLIT:
+            grad_k_tile, grad_v_tile = key_sweep(
+                grad_k_tile, grad_v_tile, k_tile, v_tile, q_unit, grad_unit, logsums + packed, deltas + packed,
+                articles, cols, length, diagonal, 0, 0, whole, SCALE, STRIDE_QH, STRIDE_QM, STRIDE_GH, STRIDE_GM, PACK,
+                D, ROWS, False,
+            )  # fmt: skip
     grad_k += wide_batch * STRIDE_CB + group * STRIDE_CH
     grad_v += wide_batch * STRIDE_DB + group * STRIDE_DH
     written = (grad_k_tile * PLAIN_SCALE).to(grad_k.dtype.element_ty)

@@ -84,10 +84,11 @@ def main() -> None:
     use(kernels.Tiles(32, 16, 4, 1))
     for case, shape in CASES.items():
         print(json.dumps([case, errors(shape)]), flush=True)
-    use(kernels.Tiles(16, 32, 4, 1))
+    use(kernels.Tiles(16, 32, 4, 1, False))
     dense.has_article_kernels = lambda *_: True  # type: ignore[assignment]
     print(json.dumps(["a model", model_errors()]), flush=True)
     for seed in range(9):
+        use(kernels.Tiles(16, 32, 4, 1, split=seed % 2 == 0))
         chance = (0.02, 0.1, 0.3)[seed % 3]
         print(json.dumps([f"layout {seed}", errors((1, 4, 2, 49 + seed, chance), seed)]), flush=True)
 
