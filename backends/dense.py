@@ -22,7 +22,8 @@ class Dense(Backend):
     source_modules: ClassVar[tuple[str, ...]] = (
         "backends.articles",
         "backends.kernels.article_attention",
-        "backends.kernels.triton_article_attention",
+        "backends.kernels.triton_article_backward",
+        "backends.kernels.triton_article_forward",
     )
 
     def linear(

@@ -4,7 +4,8 @@ An operator of our own, or of a backend outside the house, counts what its autho
 `torch.utils.flop_counter.register_flop_formula`; without a formula it counts nothing.
 
 Causal attention counts half of its square (the half that has to be computed), with a mask or inside articles the whole,
-its backward 2.5 times its forward: five products of which one repeats the forward's. Elementwise work is not counted, as is the custom for MFU.
+its backward 2.5 times its forward: five products of which one repeats the forward's. Elementwise work is not counted,
+as is the custom for MFU.
 """
 
 from typing import Any

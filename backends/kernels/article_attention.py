@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from backends.kernels import triton_article_attention
+from backends.kernels import triton_article_backward, triton_article_forward
 from backends.kernels.in_capture import takes_kernels
 
 # Triton functions, under these names once registered.
@@ -153,9 +153,11 @@ def register() -> None:
     from torch.library import triton_op
     from torch.utils.flop_counter import register_flop_formula
 
-    triton_article_attention.compile_kernels()
-    for name in ("article_forward_kernel", "article_grad_query_kernel", "article_grad_key_kernel"):
-        globals()[name] = getattr(triton_article_attention, name)
+    triton_article_forward.compile_kernels()
+    triton_article_backward.compile_kernels()
+    globals()["article_forward_kernel"] = triton_article_forward.article_forward_kernel
+    globals()["article_grad_query_kernel"] = triton_article_backward.article_grad_query_kernel
+    globals()["article_grad_key_kernel"] = triton_article_backward.article_grad_key_kernel
     for function in (article_attention_forward, article_attention_backward):
         triton_op(f"substrate::{function.__name__}", function, mutates_args=())
     operators = torch.ops.substrate
