@@ -8,7 +8,6 @@ else.
 """
 
 import contextlib
-import functools
 import os
 import tempfile
 import warnings
@@ -24,8 +23,9 @@ from torch.fx import GraphModule, Node
 from backends.errors import UserError
 from backends.kernels.in_capture import kernels_in_capture
 from compiled.dear_activations import compute_cheap_ones_again
-from compiled.lowering_pieces import pieces_in_place
-from compiled.lowering_products import any_weight, give_to_onednn, store_fp8_operands_once
+from compiled.lowering_cuda import load_cuda, lower_cuda
+from compiled.lowering_products import any_weight, give_to_onednn
+from compiled.output_strides import keeping_output_strides
 from compiled.regions import RunFunction
 from compiled.residual_gradients import join_residual_gradients
 from compiled.rounded_weights import round_weights_again
@@ -83,7 +83,7 @@ def split_joint(
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
-    joint_graph_passes(joint)
+    keeping_output_strides(joint, joint_graph_passes)
     round_weights_again(joint, num_parameters)
     if not keeps_cheap:
         compute_cheap_ones_again(joint)
@@ -152,6 +152,24 @@ def prepare_forks() -> None:
         pick_vec_isa()
 
 
+def prepare_spawned(device_type: str, threads: int, device_turns: contextlib.AbstractContextManager[Any]) -> None:
+    """Do in a process that starts from nothing what its first region would wait for.
+
+    That is imports, the device's context, tables of patterns, and a pool of `threads` processes for kernels.
+    """
+    import torch.fx._graph_pickler
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+
+    config.compile_threads = threads
+    if threads > 1:
+        AsyncCompile.warm_pool()
+    with fake_mode():
+        x = torch.empty(2, device=device_type)
+    with tempfile.TemporaryDirectory() as folder:
+        lower(trace(lambda x: (x + 1,), [x]), [x], device_type, Path(folder) / "warm", device_turns=device_turns)
+
+
 def lower(
     graph: GraphModule,
     inputs: Sequence[Tensor],
@@ -178,7 +196,7 @@ def lower(
         stack.enter_context(config.patch(options))
         stack.enter_context(quiet_torch())
         if device_type == "cuda":
-            _lower_cuda(graph, inputs, path, device_turns or contextlib.nullcontext())
+            lower_cuda(graph, inputs, path, device_turns or contextlib.nullcontext())
         else:
             _lower_cpu(graph, inputs, path)
     return int(metrics.generated_kernel_count)
@@ -198,35 +216,10 @@ def _lower_cpu(graph: GraphModule, inputs: Sequence[Tensor], path: Path) -> None
         path.write_bytes(Path(str(library)).read_bytes())
 
 
-def _lower_cuda(
-    graph: GraphModule, inputs: Sequence[Tensor], path: Path, device_turns: contextlib.AbstractContextManager[Any]
-) -> None:
-    from torch._inductor import standalone_compile
-
-    store_fp8_operands_once()
-    with pieces_in_place():
-        compiled: Any = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
-        # One run lets every kernel choose among its launch configurations; compiled again (from the cache, in no time),
-        # the bundle holds the choices too, and a training run neither tries them anew nor may choose differently.
-        with device_turns:
-            compiled(*(_example(tensor) for tensor in inputs))
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()  # others try theirs next
-        compiled = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
-    compiled.save(path=str(path), format="binary")
-
-
-def _example(fake: Tensor) -> Tensor:
-    """Real data of a fake tensor's shape, stride and dtype: noise, or zeros, which are valid as an index."""
-    real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
-    # by way of float32: 8-bit floats are not drawn
-    return real.copy_(torch.randn(fake.shape, device=fake.device)) if real.is_floating_point() else real.zero_()
-
-
 def load(path: Path, device_type: str) -> RunFunction:
     """Machine code from `path` as a function of the input tensors. Nothing is compiled and no cache is read."""
     if device_type == "cuda":
-        return _load_cuda(path)
+        return load_cuda(path)
     # Not `aoti_load_package`: that one probes the CPU with a compiler, which takes seconds and needs one on the PATH.
     runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
     return runner.run
@@ -272,20 +265,6 @@ def install_host_modules(modules: dict[str, bytes]) -> None:
         del os.environ["TRITON_CACHE_DIR"]
         if cache is not None:
             os.environ["TRITON_CACHE_DIR"] = cache
-
-
-def _load_cuda(path: Path) -> RunFunction:
-    from torch._inductor import CompiledArtifact, config
-
-    with config.patch(compile_threads=1):  # nothing is compiled: do not start a pool of compilers
-        loaded: Any = CompiledArtifact.load(path=str(path), format="binary")
-
-    @functools.wraps(loaded)
-    def run(tensors: list[Tensor]) -> Sequence[Tensor]:
-        with torch.no_grad():
-            return loaded(*tensors)
-
-    return run
 
 
 def graph_text(graph: GraphModule) -> str:

@@ -150,19 +150,7 @@ def _begin(device_turns: Any) -> None:
 
 
 def _warm_up(device_type: str, threads: int) -> None:
-    """Do what the first region would wait for: imports, the device's context, tables of patterns, kernel compilers."""
-    import torch.fx._graph_pickler
-    from torch._inductor import config
-    from torch._inductor.async_compile import AsyncCompile
-
-    config.compile_threads = threads
-    if threads > 1:
-        AsyncCompile.warm_pool()
-    with lowering.fake_mode():
-        x = torch.empty(2, device=device_type)
-    with tempfile.TemporaryDirectory() as folder:
-        graph = lowering.trace(lambda x: (x + 1,), [x])
-        lowering.lower(graph, [x], device_type, Path(folder) / "warm", device_turns=_device_turns)
+    lowering.prepare_spawned(device_type, threads, _device_turns)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from apps.training import optimizers
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import written
 from apps.training.distilling import teacher_config
+from apps.training.head_chunks import head_chunks, logit_bytes
 from apps.training.lora import add_updates, spec_fields
 from apps.training.loss import loss_terms
 from apps.training.optimizers import Optimizer
@@ -28,7 +29,7 @@ from backends import layers, lora, state, stochastic_rounding
 from backends.errors import UserError
 from backends.kernels import dither
 from backends.lora import Lora
-from backends.precision import BITS, PrecisionPolicy
+from backends.precision import PrecisionPolicy
 from backends.routing import Plan, route
 from backends.routing_table import shorten
 from compiled.mlir.compilers import describe_target
@@ -46,8 +47,6 @@ _NOT_COMPILED = (
     *("max_seq_length", "verbose", "debug", "workers", "calibrate_steps", "merge"),
     *("mlir.whole_step", "mlir.timeout_s", "mlir.memory_gb"),
 )
-# Bytes of logits a chunk of the loss may take: small enough to stay near the processor, large enough for its products.
-_LOGITS_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}
 
 
 @dataclass(frozen=True)
@@ -184,24 +183,6 @@ def read_model_config(config: TrainConfig) -> tuple[str, Any]:
         max_seq_length=settings.max_seq_length,
     )
     return Path(str(config_name or names.model_name_or_path)).resolve().name, model_config
-
-
-def logit_bytes(kind: str, precision: PrecisionPolicy, *, with_teacher: bool) -> int:
-    """Bytes of a logit in memory: a GPU's kernel reads it as the projection left it, others as float32 or wider."""
-    by_kernel = kind == "cuda" and not with_teacher
-    return min(BITS[precision.compute] // 8, 4) if by_kernel else 4
-
-
-def head_chunks(asked: int | None, tokens: int, bytes_a_token: int, kind: str) -> int:
-    """Pieces of equal size the loss is computed in: as asked, else the fewest whose logits fit the device's budget."""
-    if asked is not None:
-        if tokens % asked:
-            raise UserError(
-                f"compile.head_chunks={asked} does not divide the {tokens} tokens of a batch. Expected one that does."
-            )
-        return asked
-    fits = _LOGITS_BYTES[kind] // bytes_a_token
-    return next(chunks for chunks in range(1, tokens + 1) if tokens % chunks == 0 and tokens // chunks <= max(fits, 1))
 
 
 def compile_command(config: TrainConfig) -> str:

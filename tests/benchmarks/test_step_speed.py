@@ -1,6 +1,5 @@
 """How variants are timed and what is said of them, by variants whose seconds are known."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +8,7 @@ from apps.training.reporting.throughput import Efficiency
 from benchmarks import step_speed
 from benchmarks.step_speed import NO_ROOM, LeftOut, Result, floor_line, in_turns, line
 
-PLAN = SimpleNamespace(spec=SimpleNamespace(batch_size=2, max_seq_length=50))
+TOKENS = 100
 YARDSTICK = Efficiency(flops=1e12, peak=8e12, floor=0.125)
 
 
@@ -51,16 +50,16 @@ def test_a_line_has_speed_shares_and_the_median_ratio() -> None:
         "of_floor": 0.5,
         "peak_gib": 3.0,
     }
-    assert line(ours, ours, YARDSTICK, PLAN) == expected
-    assert line(theirs, ours, YARDSTICK, PLAN)["times_ours"] == 2.0
-    assert "times_ours" not in line(theirs, Result("substrate", [], left_out=NO_ROOM), YARDSTICK, PLAN)
-    assert line(Result("eager", [], left_out=NO_ROOM), ours, YARDSTICK, PLAN) == {
+    assert line(ours, ours, YARDSTICK, TOKENS) == expected
+    assert line(theirs, ours, YARDSTICK, TOKENS)["times_ours"] == 2.0
+    assert "times_ours" not in line(theirs, Result("substrate", [], left_out=NO_ROOM), YARDSTICK, TOKENS)
+    assert line(Result("eager", [], left_out=NO_ROOM), ours, YARDSTICK, TOKENS) == {
         "variant": "eager",
         "left_out": NO_ROOM,
     }
 
 
 def test_the_floor_has_a_line_of_its_own() -> None:
-    assert floor_line(YARDSTICK, PLAN)["tokens_per_s"] == 800
-    assert floor_line(YARDSTICK, PLAN)["of_floor"] == 1.0
-    assert floor_line(Efficiency(flops=1.0), PLAN) == {"variant": "floor", "left_out": NO_ROOM}
+    assert floor_line(YARDSTICK, TOKENS)["tokens_per_s"] == 800
+    assert floor_line(YARDSTICK, TOKENS)["of_floor"] == 1.0
+    assert floor_line(Efficiency(flops=1.0), TOKENS) == {"variant": "floor", "left_out": NO_ROOM}
