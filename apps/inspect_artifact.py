@@ -95,7 +95,7 @@ def artifact_text(artifact: Artifact) -> str:
         ),
         ("optimizer state", ", ".join(manifest["optimizer"]["state"])),
         ("runtime numbers", ", ".join(manifest["optimizer"]["hyperparameters"])),
-        ("compile seconds", str(manifest["compile_seconds"])),
+        ("compile seconds", f"{manifest['compile_seconds']}, of which tracing {manifest['trace_seconds']}"),
     ]
     sections = {
         "Compiled for": plain_table([("field", "value"), *spec]),

@@ -31,6 +31,7 @@ _MANIFEST_PARTS = {
     "parameters",
     "trained_parameters",
     "cost",
+    "trace_seconds",
     "compile_seconds",
     "members",
 }

@@ -62,6 +62,7 @@ def build(
     take = (lambda captured: None) if spawned is None else spawned.begin
     with lowering.determinism(spec.deterministic):
         regions, schedule = capture_step(model, spec, optimizers, policy, teacher, take)
+    traced = time.perf_counter()
     specs = {name: captured.spec for name, captured in regions.items()}
     files = {f"graphs/{name}.txt": lowering.graph_text(captured.graph).encode() for name, captured in regions.items()}
     if debug is not None:
@@ -86,6 +87,7 @@ def build(
         "trained_parameters": sum(each.numel() for _, each in model.named_parameters() if each.requires_grad),
         "cost": step_cost(specs, schedule, spec, logits_written_over(regions["head_train"])),
         "teacher_bytes": 0 if teacher is None else sum(each.nbytes for _, each in teacher.named_parameters()),
+        "trace_seconds": round(traced - started, 2),
         "compile_seconds": round(time.perf_counter() - started, 2),
         **parts,
     }

@@ -91,38 +91,13 @@ def _capture_step(
     schedule = Schedule()
     names = model.stages()
 
-    embed = make_stage(model, names.embed)
-    ids = {"input_ids": sources.empty((spec.batch_size, spec.max_seq_length), torch.int64)}
-    schedule.embed, hidden_states = _add_stage(regions, "embed", embed, ids, sources)
-    schedule.embed |= slots(embed)
-
-    hidden_states = hidden_states.requires_grad_()
-    activations = {"hidden_states": hidden_states} | _shared_inputs(model, spec, sources)
-    entries: dict[str, dict[str, Any]] = {}
+    embed, head = make_stage(model, names.embed), head_stage(model)
     blocks = [make_stage(model, path) for path in names.blocks]
-    for stage in blocks:
-        if spec.device["kind"] in JOINS and not spec.target:
+    if spec.device["kind"] in JOINS and not spec.target:
+        for stage in blocks:
             join(stage, model)
-        kind = structure(stage.module) + repr(stage.joint)
-        if kind not in entries:
-            entries[kind], _ = _add_stage(regions, f"block_{len(entries)}", stage, activations, sources)
-        schedule.blocks.append(entries[kind] | slots(stage))
 
-    teacher_head = None
-    if teacher is not None:
-        shared = _shared_inputs(teacher, spec, sources)
-        taught, schedule.teacher, teacher_head = capture_teacher(teacher, ids, shared, sources)
-        for name, captured in taught.items():
-            regions[name] = captured
-
-    head = head_stage(model)
-    tokens = spec.batch_size * spec.max_seq_length
-    sizes = (tokens, hidden_states.shape[-1], spec.head_chunks)
-    for captured in capture_head(head, sources, policy, *sizes, spec.loss_terms, teacher_head):
-        regions[captured.spec.name] = captured
-    schedule.head = {"train": "head_train", "evaluate": "head_evaluate", "chunks": spec.head_chunks} | slots(head)
-
-    schedule.embed["lookup_rows"] = lookup_rows(embed, head)
+    # first, since they take the longest to lower, and are lowered while the rest is traced
     schedule.updates = add_updates(
         regions,
         blocks,
@@ -135,7 +110,35 @@ def _capture_step(
         spec.skips_nonfinite,
         pairs=spec.device["kind"] in PAIRS,
     )
-    return regions, schedule
+    updates = len(regions)
+
+    ids = {"input_ids": sources.empty((spec.batch_size, spec.max_seq_length), torch.int64)}
+    schedule.embed, hidden_states = _add_stage(regions, "embed", embed, ids, sources)
+    schedule.embed |= slots(embed) | {"lookup_rows": lookup_rows(embed, head)}
+
+    hidden_states = hidden_states.requires_grad_()
+    activations = {"hidden_states": hidden_states} | _shared_inputs(model, spec, sources)
+    entries: dict[str, dict[str, Any]] = {}
+    for stage in blocks:
+        kind = structure(stage.module) + repr(stage.joint)
+        if kind not in entries:
+            entries[kind], _ = _add_stage(regions, f"block_{len(entries)}", stage, activations, sources)
+        schedule.blocks.append(entries[kind] | slots(stage))
+
+    teacher_head = None
+    if teacher is not None:
+        shared = _shared_inputs(teacher, spec, sources)
+        taught, schedule.teacher, teacher_head = capture_teacher(teacher, ids, shared, sources)
+        for name, captured in taught.items():
+            regions[name] = captured
+
+    tokens = spec.batch_size * spec.max_seq_length
+    sizes = (tokens, hidden_states.shape[-1], spec.head_chunks)
+    for captured in capture_head(head, sources, policy, *sizes, spec.loss_terms, teacher_head):
+        regions[captured.spec.name] = captured
+    schedule.head = {"train": "head_train", "evaluate": "head_evaluate", "chunks": spec.head_chunks} | slots(head)
+    in_running_order = [*list(regions.items())[updates:], *list(regions.items())[:updates]]
+    return dict(in_running_order), schedule
 
 
 def _add_stage(

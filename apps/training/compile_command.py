@@ -111,7 +111,7 @@ def summary(artifact: Artifact, plan: StepPlan) -> str:
         ("Artifact", str(artifact.path)),
         ("Size", gibibytes(artifact.path.stat().st_size)),
         ("Distinct regions", f"{len(manifest['regions'])} for {len(manifest['schedule']['blocks'])} blocks"),
-        ("Compile time", f"{manifest['compile_seconds']:.1f} s"),
+        ("Compile time", f"{manifest['compile_seconds']:.1f} s, of which tracing {manifest['trace_seconds']:.1f} s"),
         ("Parameters", f"{manifest['parameters']:,}"),
         ("FLOPs per step", f"{count_text(cost['flops'])}  ({count_text(cost['flops'] / tokens)} per token)"),
         ("Bytes per step", gibibytes(cost["bytes"])),

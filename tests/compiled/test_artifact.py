@@ -31,6 +31,7 @@ def manifest_of(spec: StepSpec) -> dict[str, Any]:
         "cost": {},
         "parameters": 0,
         "trained_parameters": 0,
+        "trace_seconds": 0.0,
         "compile_seconds": 0.0,
     }
     return {"spec": spec.to_json(), **parts}

@@ -45,7 +45,7 @@ def test_the_manifest_describes_what_was_compiled(tiny: Compiled) -> None:
     assert manifest["parameters"] == sum(p.numel() for p in tiny.model().parameters())
     assert manifest["optimizer"]["state"] == ["exp_avg", "exp_avg_sq"]
     assert "lr" in manifest["optimizer"]["hyperparameters"]
-    assert manifest["compile_seconds"] > 0
+    assert manifest["compile_seconds"] >= manifest["trace_seconds"] > 0
     for region in tiny.artifact.region_specs().values():
         assert region.kernels >= 1
         assert region.seconds > 0
@@ -87,7 +87,8 @@ def test_equal_steps_give_equal_artifacts_but_for_the_time_they_took(plan_of: Pl
     for _ in range(2):
         plan = plan_of()
         (tmp_path / "x").write_bytes(build(plan.model, plan.spec, plan.optimizers, plan.precision))
-        manifests.append({k: v for k, v in open_artifact(tmp_path / "x").manifest.items() if k != "compile_seconds"})
+        manifest = open_artifact(tmp_path / "x").manifest
+        manifests.append({key: value for key, value in manifest.items() if not key.endswith("_seconds")})
     assert json.dumps(manifests[0]) == json.dumps(manifests[1]).replace(
         plan.spec.model_name, manifests[0]["spec"]["model_name"]
     )
