@@ -3,9 +3,9 @@
 An operator of our own, or of a backend outside the house, counts what its author registered for it with
 `torch.utils.flop_counter.register_flop_formula`; without a formula it counts nothing.
 
-Causal attention counts half of its square (the half that has to be computed), with a mask or inside articles the whole,
-its backward 2.5 times its forward: five products of which one repeats the forward's. Elementwise work is not counted,
-as is the custom for MFU.
+Causal attention counts half of its square (the half that has to be computed), with a mask the whole, its backward 2.5
+times its forward: five products of which one repeats the forward's. Kernels for articles count as causal. Elementwise
+work is not counted, as is the custom for MFU.
 """
 
 from typing import Any

@@ -166,9 +166,9 @@ def register() -> None:
 
 
 def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Those of the masked square, as for a mask of any other kind: what articles save is not known from shapes."""
+    """Those of causal rows, half of the square: what articles save on top is not known from shapes."""
     batch, heads, queries, head_dim = q
-    return 2 * batch * heads * queries * k[2] * (head_dim + v[3])
+    return batch * heads * queries * k[2] * (head_dim + v[3])
 
 
 def _backward_flops(_grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:

@@ -79,8 +79,8 @@ def test_a_captured_graph_holds_two_operators_and_nothing_of_the_scores_size() -
     assert max(value.numel() for value in values) == q.numel()
     with lowering.quiet_torch():
         forward, backward = lowering.split_joint(graph, 1)
-    assert count_flops(forward) == 4 * q.numel() * 640
-    assert count_flops(backward) == 10 * q.numel() * 640
+    assert count_flops(forward) == 2 * q.numel() * 640
+    assert count_flops(backward) == 5 * q.numel() * 640
 
 
 def test_what_the_kernels_take() -> None:
