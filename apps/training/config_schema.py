@@ -152,8 +152,8 @@ class CompileConfig:
     )
     verbose: bool = setting(False, "print each region's graph size, saved activations, kernels, seconds")
     debug: bool = setting(False, "keep the graphs and the generated code in a folder")
-    activations: Literal["all", "dear"] = setting(
-        "all", "what blocks keep for the backward; dear: not elementwise results"
+    activations: Literal["auto", "all", "dear"] = setting(
+        "auto", "what blocks keep for the backward; dear: not elementwise results; auto: by the GPU's memory"
     )
     head_chunks: int | None = setting(None, "pieces the loss is computed in; null: chosen from the sizes", at_least=1)
     workers: int | None = setting(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from apps.training.activations import FILLED
 from apps.training.config_schema import TrainConfig
 from apps.training.distilling import load_teacher
 from apps.training.eager_program import EagerProgram
@@ -36,8 +37,6 @@ from compiled.groups import has_pairs
 from compiled.program import CompiledProgram
 from compiled.reduction import Reducer
 from compiled.spec import difference_table
-
-FILLED = 0.95  # of the free memory, before activations are given up: allocators leave gaps, libraries want workspaces
 
 
 def require_artifact(config: TrainConfig, plan: StepPlan) -> Artifact | None:

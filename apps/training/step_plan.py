@@ -17,6 +17,7 @@ from typing import Any
 import compiled
 import modelzoo
 from apps.training import optimizers
+from apps.training.activations import planned_activations
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import written
 from apps.training.distilling import teacher_config
@@ -136,7 +137,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         optimizer=_optimizer_fields(config.optimizer.name, groups),
         device=describe_device(kind),
         versions=describe_versions(kind) | {"source": _source_fingerprint()},
-        activations=config.compile.activations,
+        activations=planned_activations(config, kind, model_config, model, groups),
         deterministic=kind == "cpu" or config.training.deterministic,
         lora=spec_fields(updates),
         skips_nonfinite=config.training.max_nonfinite_steps > 0,
