@@ -32,7 +32,8 @@ def at_least_float32(name: str) -> str:
 class PrecisionPolicy:
     """Dtype names, all resolved. `master` is "none" or the dtype of the wider copy that the optimizer updates.
 
-    `rounding` of updated parameters without masters: "nearest" or "stochastic".
+    `rounding` of updated parameters without masters: "nearest" or "stochastic"; with masters "nearest", or "split":
+    a master is kept as its parameter and what that lacks (`split_masters`).
     """
 
     parameters: str = "float32"
@@ -43,6 +44,13 @@ class PrecisionPolicy:
     moments: str = "float32"
     master: str = "none"
     rounding: str = "nearest"
+
+    @property
+    def master_bits(self) -> int:
+        """Bits that are stored of a master, beside the parameter."""
+        if self.master == "none":
+            return 0
+        return BITS[self.master] - (BITS[self.parameters] if self.rounding == "split" else 0)
 
     def named(self) -> dict[str, str]:
         """Every field that says something: to round to the nearest goes without saying."""
@@ -69,7 +77,8 @@ def resolve(
 
     Compute and residual stream follow the parameters; norms, logits and moments are at least float32. 16-bit parameters
     get float32 masters: a pure bfloat16 AdamW at lr 1e-5 changes only about 16 % of the weights. `master` "stochastic":
-    no masters, updates rounded to bfloat16 at random without bias.
+    no masters, updates rounded to bfloat16 at random without bias. "split": float32 masters of bfloat16 parameters, of
+    which only the bits that the parameters lack are stored.
     """
     given = {
         "compute": (compute, parameters),
@@ -85,17 +94,18 @@ def resolve(
         if value not in BITS:
             raise unknown(f"dtype for {name}", value, ("auto", *BITS))
     rounding = "nearest"
-    if master == "stochastic":
+    if master in ("stochastic", "split"):
         if parameters != "bfloat16":
+            what = "rounds updates to bfloat16" if master == "stochastic" else "belongs to bfloat16 parameters"
             raise UserError(
-                f"optimizer.master_weights=stochastic rounds updates to bfloat16, and the parameters are {parameters}. "
+                f"optimizer.master_weights={master} {what}, and the parameters are {parameters}. "
                 "Use model.dtype=bfloat16, or optimizer.master_weights=auto."
             )
-        master, rounding = "none", "stochastic"
+        master, rounding = ("none" if master == "stochastic" else "float32"), master
     if master == "auto":
         master = "float32" if BITS[parameters] < 32 else "none"
     if master not in ("none", *BITS):
-        raise unknown("dtype for master", master, ("auto", "none", "stochastic", *BITS))
+        raise unknown("dtype for master", master, ("auto", "none", "split", "stochastic", *BITS))
     if master != "none" and BITS[master] < BITS[parameters]:
         raise UserError(
             f"Master weights in {master} are narrower than {parameters} parameters. "

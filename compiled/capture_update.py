@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from backends.precision import PrecisionPolicy, as_torch
+from backends.split_masters import REST, join, split
 from backends.stochastic_rounding import COLUMNS, key_of, round_to_bfloat16
 from compiled.capture import Captured, Sources, capture_function
 from compiled.capture_parts import accumulation_dtype
@@ -61,8 +62,9 @@ class UpdateCapture:
 
     Inputs: `hyperparameters` [number of parameters, `columns`] (a row each, so that every parameter may have its own
     rate and decay; the first columns are its optimizer's, the last the key of stochastic rounding), `grad_coef` 0-d
-    (clipping), then for each parameter p: p, `grad_p`, `<state>_p`…, `master_p` if there is one, and for the update
-    last `totals`, the sums over all groups, where a rule wants some. Arithmetic is done in at least float32.
+    (clipping), then for each parameter p: p, `grad_p`, `<state>_p`…, if there is a master `master_p`, or `rest_p` of a
+    split one, and for the update last `totals`, the sums over all groups, where a rule wants some. Arithmetic is done
+    in at least float32.
 
     `totals`: all sums of the step, as `totals_of` gives them. `skips`: a grad_coef that is not finite leaves everything
     as it is. `pairs`: each gradient comes in two parts, `grad_p` and `addend_p`, of its dtype, which are summed in at
@@ -83,7 +85,8 @@ class UpdateCapture:
     ) -> None:
         self.skips, self.pairs = skips, pairs
         self.parameters, self.policy, self.columns, self.totals = parameters, policy, columns, list(totals)
-        self.with_master = policy.master != "none"
+        self.with_master, self.splits = policy.master != "none", policy.rounding == "split"
+        self.master = REST if self.splits else "master"
         self.work = accumulation_dtype(as_torch(policy.master if self.with_master else policy.parameters))
         self.members: dict[str, tuple[Optimizer, list[str]]] = {}  # by rule, in the order in which they come
         for name in parameters:
@@ -101,9 +104,10 @@ class UpdateCapture:
             for state, shape in self.states[name].items():
                 self.inputs[f"{state}_{name}"] = sources.empty(shape, as_torch(policy.moments))
             if self.with_master:
-                self.inputs[f"master_{name}"] = sources.empty(tensor.shape, as_torch(policy.master))
+                kept = torch.int16 if self.splits else as_torch(policy.master)
+                self.inputs[f"{self.master}_{name}"] = sources.empty(tensor.shape, kept)
             self.mutated += [name, *(f"{state}_{name}" for state in self.states[name])]
-            self.mutated += [f"master_{name}"] if self.with_master else []
+            self.mutated += [f"{self.master}_{name}"] if self.with_master else []
         self.sums = {"totals": sources.empty((len(self.totals),), self.work)} if self.totals else {}
 
     def update(self, name: str) -> Captured:
@@ -146,7 +150,7 @@ class UpdateCapture:
             sums = {label: named["totals"][i] for i, (key, label) in enumerate(self.totals) if key == rule.key}
         table = named["hyperparameters"]
         return (
-            {each: named[f"master_{each}" if self.with_master else each].to(work) for each in members},
+            {each: self._value(named, each).to(work) for each in members},
             {each: self._gradient(named, each).to(work) * named["grad_coef"] for each in members},
             {each: {key: named[f"{key}_{each}"].to(work) for key in self.states[each]} for each in members},
             {
@@ -154,6 +158,12 @@ class UpdateCapture:
                 for each in members
             },
         )
+
+    def _value(self, named: Mapping[str, Tensor], name: str) -> Tensor:
+        """What the optimizer updates: the parameter, or its master."""
+        if self.splits:
+            return join(named[name], named[f"{REST}_{name}"])
+        return named[f"master_{name}" if self.with_master else name]
 
     def _gradient(self, named: Mapping[str, Tensor], name: str) -> Tensor:
         gradient = named[f"grad_{name}"]
@@ -166,11 +176,14 @@ class UpdateCapture:
         applied = torch.isfinite(named["grad_coef"]) if self.skips else None
         if applied is not None:
             # from the master where there is one: the parameter, its rounding, need not be read
-            parameter = torch.where(applied, parameter, named[f"master_{name}" if self.with_master else name])
+            parameter = torch.where(applied, parameter, self._value(named, name))
         for key, value in state.items():
             kept = named[f"{key}_{name}"]
             kept.copy_(value if applied is None else torch.where(applied, value, kept))
-        if self.with_master:
+        if self.splits:
+            parameter, rest = split(parameter)
+            named[f"{REST}_{name}"].copy_(rest)
+        elif self.with_master:
             named[f"master_{name}"].copy_(parameter)
         if self.policy.rounding == "stochastic":
             row = list(self.parameters).index(name)

@@ -79,7 +79,7 @@ class Measuring(Unmeasured):
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, Tensor], every: int, device: torch.device) -> None:
         self.names, self.every = tuple(names), every
-        self.weights = {name: weight.detach() for name, weight in weights.items()}
+        self.weights = weights
         self.last_gradient = {name: _wide_zeros(weight) for name, weight in self.weights.items()}
         self.last_update = {name: _wide_zeros(weight) for name, weight in self.weights.items()}
         self.table = torch.zeros(len(names), len(COLUMNS), dtype=torch.float64, device=device)

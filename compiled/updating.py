@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.errors import UserError
+from backends.split_masters import REST, Joined, join, split
 from compiled.binding import Binding
 from compiled.groups import has_pairs
 from compiled.measuring import Measuring, Unmeasured
@@ -33,6 +34,7 @@ class Updater:
     ) -> None:
         self.binding, self.reducer = binding, reducer
         self.groups = manifest["schedule"]["updates"]
+        self.splits = manifest["spec"]["precision"].get("rounding") == "split"
         parameters = dict(model.named_parameters())
         self.device = next(model.parameters()).device
         row_of = {name: row for row, name in enumerate(parameters)}
@@ -48,7 +50,9 @@ class Updater:
                     state: torch.zeros(shape, dtype=moments_dtype, device=self.device)
                     for state, shape in shapes[name].items()
                 }
-                if master_dtype is not None:
+                if self.splits:
+                    self.state[name][REST] = torch.zeros(parameter.shape, dtype=torch.int16, device=self.device)
+                elif master_dtype is not None:
                     self.state[name]["master"] = parameter.detach().to(master_dtype, copy=True)
         work = master_dtype or torch.promote_types(next(model.parameters()).dtype, torch.float32)
         self.measuring = Unmeasured() if stats_every is None else self._measuring(model, stats_every)
@@ -65,7 +69,11 @@ class Updater:
 
     def _measuring(self, model: nn.Module, every: int) -> Measuring:
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        weights = {name: states.get("master", self.binding.tensors[name]) for name, states in self.state.items()}
+        weights: Mapping[str, Tensor] = {
+            name: states.get("master", self.binding.tensors[name]) for name, states in self.state.items()
+        }
+        if self.splits:
+            weights = Joined(weights, {name: states[REST] for name, states in self.state.items()})
         return Measuring(trained, weights, every, self.device)
 
     def update(
@@ -134,6 +142,12 @@ class Updater:
         self.measuring.load_state(tensors)
         for key, target in self.optimizer_state().items():
             given = tensors.get(key)
+            name, _, state = key.rpartition(".")
+            if given is None and state == REST and (master := tensors.get(f"{name}.master")) is not None:
+                weight, given = split(master.to(torch.float32))
+                self.binding.tensors[name].copy_(weight)
+            if given is None and state == "master" and (rest := tensors.get(f"{name}.{REST}")) is not None:
+                given = join(self.binding.tensors[name].to(rest.device), rest)
             if given is None or given.shape != target.shape:
                 shown = "nothing" if given is None else list(given.shape)
                 raise UserError(

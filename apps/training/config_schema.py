@@ -119,8 +119,8 @@ class TrainingConfig:
 class OptimizerConfig:
     name: str = setting("adamw", "a file in apps/training/optimizers; short: optimizer=NAME")
     moments_dtype: AutoDtype = setting("auto", "dtype of the optimizer's state; auto: at least float32")
-    master_weights: Literal["auto", "none", "float32", "stochastic"] = setting(
-        "auto", "wider copy; auto: float32 for bfloat16; stochastic: random rounding"
+    master_weights: Literal["auto", "none", "float32", "split", "stochastic"] = setting(
+        "auto", "wider copy; auto: float32 for bfloat16; split: its lower half only; stochastic: random rounding"
     )
     groups: list[dict[str, Any]] = setting(
         factory=list, help="first match wins: [{match: '*norm*', optimizer: NAME, KEY: VALUE}]"

@@ -20,6 +20,7 @@ from apps.training.distilling import divergence
 from apps.training.eager_update import make_updates
 from apps.training.parameter_groups import ParameterGroup, parameter_groups
 from backends.precision import BITS, PrecisionPolicy, as_torch
+from backends.split_masters import split
 from backends.state import CollectedState, collect_state, require_calibrated, set_first_row
 from backends.stochastic_rounding import COLUMNS, key_of, round_to_bfloat16
 from compiled.measuring import Measuring, Unmeasured
@@ -73,7 +74,7 @@ class EagerProgram:
         self.logits_dtype = as_torch(precision.logits)
         self.moments_dtype = as_torch(precision.moments)
         self.has_masters = precision.master != "none"
-        self.is_stochastic = precision.rounding == "stochastic"
+        self.is_stochastic, self.splits = precision.rounding == "stochastic", precision.rounding == "split"
         widths = ["float32", precision.parameters, precision.moments]
         self.arithmetic = as_torch(
             max([*widths, precision.master] if self.has_masters else widths, key=BITS.__getitem__)
@@ -244,6 +245,8 @@ class EagerProgram:
                 rounded = weight
                 if self.is_stochastic:
                     rounded = round_to_bfloat16(weight, key_of(rows[name][-COLUMNS:]))
+                elif self.splits:
+                    rounded, _ = split(weight)
                 parameter.copy_(rounded)
                 if not self.has_masters:
                     weight.copy_(parameter)

@@ -137,10 +137,9 @@ def update_bytes(plan: StepPlan) -> int:
     """What an update reads and writes at the least: gradients, weights, masters and the optimizer's state."""
     precision = plan.precision
     width = BITS[precision.parameters] // 8
-    has_masters = precision.master != "none"
-    masters = 2 * BITS[precision.master] // 8 if has_masters else 0
-    # of a weight with a master nobody reads the narrow copy
-    each = width + (width if has_masters else 2 * width) + masters
+    masters = 2 * precision.master_bits // 8
+    # of a weight with a whole master nobody reads the narrow copy
+    each = width + (width if masters and precision.rounding != "split" else 2 * width) + masters
     return plan.num_trained * each + 2 * state_elements(plan.groups) * BITS[precision.moments] // 8
 
 

@@ -62,7 +62,7 @@ def estimate(
     trained = num_parameters if num_trained is None else num_trained
     return MemoryEstimate(
         parameters=num_parameters * width["parameters"],
-        masters=trained * width.get("master", 0),
+        masters=trained * precision.master_bits // 8,
         moments=round(trained * width["moments"] * state_tensors),
         gradients=trained * gradient,
         activations=activations,

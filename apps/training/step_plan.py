@@ -26,7 +26,7 @@ from apps.training.lora import add_updates, spec_fields
 from apps.training.loss import loss_terms
 from apps.training.optimizers import Optimizer
 from apps.training.parameter_groups import ParameterGroup, groups_table, parameter_groups, rules_of
-from backends import layers, lora, state, stochastic_rounding
+from backends import layers, lora, split_masters, state, stochastic_rounding
 from backends.errors import UserError
 from backends.kernels import dither
 from backends.lora import Lora
@@ -116,6 +116,11 @@ def plan_step(config: TrainConfig) -> StepPlan:
     """Read the model's config (never its weights), route it, and say what the step is compiled for."""
     target = config.compile.target
     kind = "cpu" if target == "mlir" else device_kind(config.compile.arch)
+    if target == "mlir" and config.precision.rounding == "split":
+        raise UserError(
+            "optimizer.master_weights=split looks at the bits of numbers, which torch-mlir lowers to nothing, got "
+            "compile.target=mlir. Use optimizer.master_weights=float32: the same training."
+        )
     name, model_config = read_model_config(config)
     model = modelzoo.build_meta(model_config, dtype=config.model.dtype)
     routing = route(model, config.backend.rules, config.backend.default)
@@ -283,5 +288,7 @@ def _source_fingerprint() -> str:
     """
     folders = [Path(module.__path__[0]) for module in (modelzoo, compiled)]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    files += [Path(str(module.__file__)) for module in (layers, lora, state, stochastic_rounding, dither)]
+    files += [
+        Path(str(module.__file__)) for module in (layers, lora, split_masters, state, stochastic_rounding, dither)
+    ]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]

@@ -51,3 +51,13 @@ def test_as_torch():
 
 def test_the_table_names_every_field():
     assert resolve("bfloat16").table().startswith("parameters bfloat16, compute bfloat16, norms float32")
+
+
+def test_split_masters_belong_to_bfloat16_parameters():
+    policy = resolve("bfloat16", master="split")
+    assert (policy.master, policy.rounding, policy.master_bits) == ("float32", "split", 16)
+    assert policy.named()["rounding"] == "split"
+    assert resolve("bfloat16").master_bits == 32
+    assert resolve("float32").master_bits == 0
+    with pytest.raises(UserError, match=r"master_weights=split belongs to bfloat16 parameters, and .* are float32"):
+        resolve("float32", master="split")

@@ -29,7 +29,11 @@ class InterpretedArtifact:
             )
         optimizer = describe_optimizers(plan.optimizers, schedule.updates)
         self.spec: dict[str, Any] = plan.spec.to_json()
-        self.manifest: dict[str, Any] = {"schedule": schedule.to_json(), "optimizer": optimizer}
+        self.manifest: dict[str, Any] = {
+            "schedule": schedule.to_json(),
+            "optimizer": optimizer,
+            "spec": self.spec,
+        }
 
     def load_regions(self) -> dict[str, Region]:
         return {

@@ -132,7 +132,7 @@ class Saver:
         """About what one checkpoint takes on the disk: weights, moments, masters, and what statistics need, of all."""
         precision = self.config.precision
         master = 0 if precision.master == "none" else BITS[precision.master]
-        bits = BITS[precision.parameters] + master
+        bits = BITS[precision.parameters] + precision.master_bits
         if self.config.logging.stats_every is not None:
             bits += 2 * max(BITS[precision.parameters], master, 32)
         bits *= sum(weight.numel() for weight in weights_of(self.model).values())

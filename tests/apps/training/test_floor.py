@@ -70,6 +70,7 @@ def test_a_frozen_weight_has_no_gradient_to_compute(tmp_path: Path) -> None:
         ((), 4 + 2 * 4 + 2 * 2 * 4),
         (("model.dtype=bfloat16", "optimizer.moments_dtype=bfloat16", "optimizer.master_weights=none"), 2 * 3 + 4 * 2),
         (("model.dtype=bfloat16",), 2 * 2 + 2 * 4 + 4 * 4),
+        (("model.dtype=bfloat16", "optimizer.master_weights=split"), 2 + 2 * 2 + 2 * 2 + 4 * 4),
     ],
 )
 def test_an_update_reads_and_writes_everything_once(tmp_path: Path, settings: tuple[str, ...], bytes_each: int) -> None:

@@ -25,6 +25,8 @@ def test_the_parts_follow_the_precision_policy() -> None:
     needed = estimate(1000, resolve("bfloat16"), state_tensors=2, activations=7, wide_gradients=False)
     assert needed == MemoryEstimate(parameters=2000, masters=4000, moments=8000, gradients=2000, activations=7)
     assert needed.total == 16007
+    halves = estimate(1000, resolve("bfloat16", master="split"), state_tensors=2, activations=7, wide_gradients=False)
+    assert halves == replace(needed, masters=2000)
     wide = estimate(1000, resolve("bfloat16", master="none"), state_tensors=1, activations=0, wide_gradients=True)
     assert wide == MemoryEstimate(parameters=2000, masters=0, moments=4000, gradients=4000, activations=0)
 

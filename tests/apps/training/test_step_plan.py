@@ -163,3 +163,11 @@ def test_cuda_without_a_gpu_is_a_users_error(folder: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match=r"compile\.arch=cuda needs a CUDA device.*Use compile\.arch=cpu or auto"):
         plan_step(settings_of(folder, "compile.arch=cuda"))
     assert plan_step(settings_of(folder, "compile.arch=auto")).spec.device["kind"] == "cpu"
+
+
+def test_split_masters_are_not_for_torch_mlir(folder: Path) -> None:
+    given = ("compile.target=mlir", "model.dtype=bfloat16", "optimizer.master_weights=split")
+    with pytest.raises(
+        UserError, match=r"master_weights=split looks at the bits.*Use optimizer.master_weights=float32"
+    ):
+        plan_step(settings_of(folder, *given))
