@@ -120,7 +120,7 @@ class OptimizerConfig:
     name: str = setting("adamw", "a file in apps/training/optimizers; short: optimizer=NAME")
     moments_dtype: AutoDtype = setting("auto", "dtype of the optimizer's state; auto: at least float32")
     master_weights: Literal["auto", "none", "float32", "split", "stochastic"] = setting(
-        "auto", "wider copy; auto: float32 for bfloat16; split: its lower half only; stochastic: random rounding"
+        "auto", "wider copy; auto: float32 for bfloat16; stochastic: random rounding"
     )
     groups: list[dict[str, Any]] = setting(
         factory=list, help="first match wins: [{match: '*norm*', optimizer: NAME, KEY: VALUE}]"
@@ -153,12 +153,10 @@ class CompileConfig:
     verbose: bool = setting(False, "print each region's graph size, saved activations, kernels, seconds")
     debug: bool = setting(False, "keep the graphs and the generated code in a folder")
     activations: Literal["auto", "all", "dear"] = setting(
-        "auto", "what blocks keep for the backward; dear: not elementwise results; auto: by the GPU's memory"
+        "auto", "kept for the backward; dear: no elementwise results; auto: by memory"
     )
     head_chunks: int | None = setting(None, "pieces the loss is computed in; null: chosen from the sizes", at_least=1)
-    workers: int | None = setting(
-        None, "regions compiled at a time; null: one for each core, at most 8 for a GPU", at_least=1
-    )
+    workers: int | None = setting(None, "regions compiled at a time; null: one a core, on a GPU at most 8", at_least=1)
     mlir: MlirConfig = field(default_factory=MlirConfig)
 
 

@@ -14,6 +14,7 @@ from backends.fp8 import Fp8
 from backends.layers import BackendLinear
 from compiled import lowering
 from compiled.capture import Captured, Sources, capture_stage
+from compiled.lowering_products import store_fp8_operands_once
 from compiled.stages import stage_of
 from tests.compiled.conftest import Compile, Compiled
 
@@ -111,7 +112,7 @@ def test_an_operand_of_two_products_is_stored_once_and_in_8_bits_only(monkeypatc
 
     forward, _ = captured(torch.bfloat16, NormedPair)
     given = [torch.randn(spec.shape, dtype=torch.bfloat16) for spec in forward.spec.inputs]
-    lowering.store_fp8_operands_once()
+    store_fp8_operands_once()
     options = {"_pre_fusion_custom_pass": look, "force_disable_caches": True}
     stopped = pytest.raises(InductorError, match="Planned")
     with lowering.quiet_torch(), torch.no_grad(), config.patch(options), stopped:

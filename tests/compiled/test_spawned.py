@@ -33,6 +33,7 @@ def test_as_many_threads_as_cores_compile() -> None:
 
 
 def test_a_region_is_lowered_in_another_process(tmp_path: Path) -> None:
+    others = set(multiprocessing.active_children())
     with SpawnedWorkers(1, "cpu") as workers:
         workers.begin(region())
         ((name, outcome),) = workers.results(tmp_path)
@@ -43,7 +44,7 @@ def test_a_region_is_lowered_in_another_process(tmp_path: Path) -> None:
     x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     (found,) = lowering.load(tmp_path / "product", "cpu")([x, weight])
     torch.testing.assert_close(found, x.float().tanh().double() @ weight.t(), rtol=1e-6, atol=1e-6)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_graph_and_inputs_are_the_same_in_another_process() -> None:
@@ -109,8 +110,9 @@ def test_what_another_process_cannot_read_is_lowered_here(tmp_path: Path, monkey
 
 
 def test_an_error_ends_them_at_once() -> None:
+    others = set(multiprocessing.active_children())
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), SpawnedWorkers(2, "cpu"):
         raise KeyboardInterrupt
     assert time.monotonic() - started < 3  # they were importing
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
