@@ -114,5 +114,5 @@ def test_an_error_ends_them_at_once() -> None:
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt), SpawnedWorkers(2, "cpu"):
         raise KeyboardInterrupt
-    assert time.monotonic() - started < 3  # they were importing
+    assert time.monotonic() - started < 8  # they were importing, and had a library to compile
     assert set(multiprocessing.active_children()) <= others
