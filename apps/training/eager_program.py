@@ -19,6 +19,7 @@ from apps.training.config_schema import OptimizerConfig
 from apps.training.distilling import divergence
 from apps.training.eager_update import make_updates
 from apps.training.parameter_groups import ParameterGroup, parameter_groups
+from backends.errors import UserError
 from backends.precision import BITS, PrecisionPolicy, as_torch
 from backends.split_masters import split
 from backends.state import CollectedState, collect_state, require_calibrated, set_first_row
@@ -168,7 +169,19 @@ class EagerProgram:
 
     @torch.no_grad()
     def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `optimizer_state()` gave, so that the next step continues exactly; the model is loaded."""
+        """Take over what `optimizer_state()` gave, so that the next step continues exactly; the model is loaded.
+
+        UserError for a compiled step's state, which counts no steps and may keep masters otherwise.
+        """
+        try:
+            self._load(tensors)
+        except KeyError as missing:
+            raise UserError(
+                f"The optimizer's state has no {missing.args[0]}, which compile.target=eager keeps: it was saved by a "
+                "compiled step. Load it with the compile.target it was saved with."
+            ) from None
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, weight in self.weights.items():
             if self.has_masters:
                 weight.copy_(tensors[f"{name}.master"])

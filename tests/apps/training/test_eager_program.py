@@ -12,6 +12,7 @@ from apps.training.eager_program import EagerProgram
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.optimizers.adamw import AdamW
 from apps.training.parameter_groups import parameter_groups
+from backends.errors import UserError
 from backends.precision import PrecisionPolicy, resolve
 
 CONFIG = AdamW.Config(lr=1e-2, weight_decay=0.1, beta1=0.9, beta2=0.99)
@@ -194,3 +195,17 @@ def test_training_continues_exactly_from_a_stored_optimizer_state(precision: Pre
         second.train_step(parts[step - 1], table(resumed, step, torch.float32), 1.0)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_compiled_steps_optimizer_state_is_refused_in_one_line() -> None:
+    """It has moments of every parameter, and no count of steps."""
+    program = EagerProgram(tiny_llama(torch.float32), precision=resolve("float32"))
+    state = {
+        f"{name}.{key}": torch.zeros_like(each)
+        for name, each in program.parameters.items()
+        for key in AdamW.state_names
+    }
+    with pytest.raises(
+        UserError, match=r"has no model\.embed_tokens\.weight\.step, .* Load it with the compile\.target"
+    ):
+        program.load_optimizer_state(state)
