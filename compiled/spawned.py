@@ -67,9 +67,15 @@ class SpawnedWorkers:
     def begin(self, region: "Captured") -> None:
         """Have a region lowered as soon as a process is free, with the determinism that is asked for now."""
         name = region.spec.name
+        try:
+            content = pickled(region)
+        except Unreadable as reason:
+            self._begun[name] = Future()
+            self._begun[name].set_exception(reason)
+            return
         self._begun[name] = self._pool.submit(
             _lower,
-            pickled(region),
+            content,
             modules_of_operators(region.graph),
             self._device_type,
             self._folder / name,
@@ -96,10 +102,14 @@ class Unreadable(Exception):
 
 
 def pickled(region: "Captured") -> bytes:
-    """Graph and fake inputs of a region for another process."""
+    """Graph and fake inputs of a region for another process. Raises Unreadable for a graph that holds what only lives
+    in this one."""
     from torch.fx._graph_pickler import GraphPickler, Options
 
-    return GraphPickler.dumps((region.graph, region.inputs), Options(ops_filter=None))  # any operator among them
+    try:
+        return GraphPickler.dumps((region.graph, region.inputs), Options(ops_filter=None))  # any operator among them
+    except Exception as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from None
 
 
 def unpickled(content: bytes, modules: Sequence[str]) -> tuple[GraphModule, list[Tensor]]:

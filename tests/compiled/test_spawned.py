@@ -116,3 +116,34 @@ def test_an_error_ends_them_at_once() -> None:
         raise KeyboardInterrupt
     assert time.monotonic() - started < 8  # they were importing, and had a library to compile
     assert set(multiprocessing.active_children()) <= others
+
+
+def test_what_cannot_leave_this_process_is_lowered_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = region()
+    captured.graph.graph.output_node().meta["val"] = (each for each in "no pickle holds a generator")
+    with pytest.raises(Unreadable, match="generator"):
+        pickled(captured)
+    monkeypatch.setattr(lowering, "lower", lambda graph, inputs, device_type, path, debug: path.write_text("here"))
+    reports: list[str] = []
+    with SpawnedWorkers(1, "cpu") as workers:
+        workers.begin(captured)
+        parallel.lower_all(
+            {"product": captured}, "cpu", tmp_path, None, None, lambda spec, *_: reports.append(spec.name), workers
+        )
+    assert reports == ["product"]
+    assert (tmp_path / "product").read_text() == "here"
+
+
+def test_a_table_that_a_backend_baked_in_goes_along() -> None:
+    captured = capture_function("table", lambda x: (x * torch.tensor([1.0, 2.5, -3.0]),), {"x": fake(3)}, ["y"])
+    graph, inputs = unpickled(pickled(captured), [])
+    assert Captured(graph, inputs, captured.spec).identity == captured.identity
+    tables = [each.tolist() for _, each in graph.named_buffers()] or [
+        each.tolist() for each in vars(graph).values() if isinstance(each, Tensor)
+    ]
+    assert tables == [[1.0, 2.5, -3.0]]
+
+
+def fake(*shape: int) -> Tensor:
+    with lowering.fake_mode():
+        return torch.empty(shape)
