@@ -88,7 +88,7 @@ def check() -> None:
 
 
 def relative(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected).norm() / expected.norm().clamp(min=1e-6))
+    return float((value.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp(min=1e-6))
 
 
 def measure() -> None:
