@@ -39,7 +39,7 @@ def program(argv: Sequence[str]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would say that it starts and stops
     config = replace(config, run=replace(config.run, cuda_graph="off"))  # kernels of a graph belong to no call
 
-    from apps.training.step_plan import device_kind
+    from apps.training.compilers import device_kind
     from apps.training.workers.group import open_workers
 
     launch = own_gpu(find_launch())

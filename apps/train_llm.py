@@ -55,12 +55,15 @@ def program(argv: Sequence[str]) -> int:
 
 
 def compile_step(config: TrainConfig) -> int:
-    from apps.training.compile_command import compile_artifact, debug_folder, region_table, summary
-    from apps.training.step_plan import plan_step
+    from apps.training.compilers import compilers_of
 
-    plan = plan_step(config)
-    print(plan.routing.table())
-    artifact = compile_artifact(config, plan)
+    with compilers_of(config.compile) as compilers:  # they start while we import what follows
+        from apps.training.compile_command import compile_artifact, debug_folder, region_table, summary
+        from apps.training.step_plan import plan_step
+
+        plan = plan_step(config)
+        print(plan.routing.table())
+        artifact = compile_artifact(config, plan, compilers)
     if config.compile.verbose:
         print(region_table(artifact))
     if config.compile.debug:

@@ -4,6 +4,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def build(
             "compile.mlir.whole_step=true makes one module of a step without a teacher, got "
             "training.distill.model_name_or_path. Drop one of them: the regions know the teacher."
         )
-    take = (lambda captured: None) if spawned is None else spawned.begin
+    take = (lambda captured: None) if spawned is None else partial(spawned.begin, debug=debug)
     with lowering.determinism(spec.deterministic):
         regions, schedule = capture_step(model, spec, optimizers, policy, teacher, take)
     traced = time.perf_counter()

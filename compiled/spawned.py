@@ -1,8 +1,8 @@
 """Processes that lower CUDA regions side by side.
 
-A process that has touched the device must not fork, so that these start from nothing, while the caller measures and
-traces: the compiler's imports take them seconds. Graphs reach them in PyTorch's own pickle of graphs. Each compiles its
-kernels itself; one at a time tries them on the device, where a neighbour would spoil the times.
+A process that has touched the device must not fork, so that these start from nothing, while the caller imports, plans
+and traces: the compiler's imports take them seconds. Graphs reach them in PyTorch's own pickle of graphs. Each compiles
+its kernels itself; one at a time tries them on the device, where a neighbour would spoil the times.
 """
 
 import contextlib
@@ -41,13 +41,10 @@ def compile_threads() -> int:
 
 
 class SpawnedWorkers:
-    """So many processes, already starting; a context manager that ends them, at once when its block raises.
+    """So many processes, already starting; a context manager that ends them at once."""
 
-    `debug`: as for `lowering.lower`, a folder for each region's name in it.
-    """
-
-    def __init__(self, count: int, device_type: str, debug: Path | None = None) -> None:
-        self.count, self._device_type, self._debug = count, device_type, debug
+    def __init__(self, count: int, device_type: str) -> None:
+        self.count, self._device_type = count, device_type
         self._begun: dict[str, Future[Outcome]] = {}
         context = multiprocessing.get_context("spawn")
         with contextlib.ExitStack() as ends:
@@ -64,8 +61,11 @@ class SpawnedWorkers:
     def __exit__(self, *error: Any) -> None:
         self._ends.__exit__(*error)
 
-    def begin(self, region: "Captured") -> None:
-        """Have a region lowered as soon as a process is free, with the determinism that is asked for now."""
+    def begin(self, region: "Captured", debug: Path | None = None) -> None:
+        """Have a region lowered as soon as a process is free, with the determinism that is asked for now.
+
+        `debug`: as for `lowering.lower`, in which the region has a folder of its name.
+        """
         name = region.spec.name
         try:
             content = pickled(region)
@@ -79,7 +79,7 @@ class SpawnedWorkers:
             modules_of_operators(region.graph),
             self._device_type,
             self._folder / name,
-            None if self._debug is None else self._debug / name,
+            None if debug is None else debug / name,
             torch.are_deterministic_algorithms_enabled(),
         )
 
@@ -165,21 +165,21 @@ def _warm_up(device_type: str, threads: int) -> None:
 
 @contextlib.contextmanager
 def end_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """The pool, whose processes are killed when the block raises: what is left to do is then of no use to anybody.
+    """The pool, whose processes are killed behind the block: what is left to do is then of no use to anybody.
 
-    By itself it would first finish what it has begun and more, half a minute after a Ctrl-C.
+    By itself it would first finish what it has begun and more, half a minute after a Ctrl-C; and a process that holds a
+    compiler and a device takes seconds to say goodbye.
     """
     others = set(multiprocessing.active_children())
     with pool:
         try:
             yield pool
-        except BaseException:
+        finally:
             for worker in set(multiprocessing.active_children()) - others:
                 assert worker.pid is not None  # it was started
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(worker.pid, signal.SIGKILL)  # its compiler too
                 worker.kill()  # should it not have its group yet
-            raise
 
 
 def end_with_parent() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apps.training.config_schema import CompileConfig, TrainConfig
+from apps.training.compilers import compilers_of
+from apps.training.config_schema import TrainConfig
 from apps.training.files import atomic_path, require_writable
 from apps.training.floor import Floor, measure_floor
 from apps.training.memory import compiled_estimate, gibibytes
@@ -24,34 +25,25 @@ from compiled.mlir.extra import require_extra
 from compiled.mlir.isolation import Limits
 from compiled.mlir.lowering import MlirOptions
 from compiled.regions import RegionSpec
-from compiled.spawned import MOST, SpawnedWorkers, compile_threads
+from compiled.spawned import SpawnedWorkers
 
 
-def compile_artifact(config: TrainConfig, plan: StepPlan) -> Artifact:
-    """Compile the planned step into `compile.output_dir`; nothing is left there when it fails."""
+def compile_artifact(config: TrainConfig, plan: StepPlan, compilers: SpawnedWorkers | None = None) -> Artifact:
+    """Compile the planned step into `compile.output_dir`; nothing is left there when it fails.
+
+    `compilers`: those of `compilers_of` that were started early; else they start now.
+    """
     target = Path(config.compile.output_dir) / plan.spec.file_name
     require_writable(target.parent, "compile.output_dir")  # before the work, not after it
     if config.compile.target == "mlir":
         require_extra("torch_mlir")
     debug = debug_folder(target) if config.compile.debug else None
-    with compilers_of(plan.spec.device["kind"], config.compile, debug) as spawned:
+    with compilers_of(config.compile) if compilers is None else nullcontext(compilers) as spawned:
         floor = measured_floor(plan)
         content = compiled_step(config, plan, debug, floor, spawned)
     with atomic_path(target) as temporary:
         temporary.write_bytes(content)
     return open_artifact(target)
-
-
-def compilers_of(
-    kind: str, settings: CompileConfig, debug: Path | None
-) -> AbstractContextManager[SpawnedWorkers | None]:
-    """Processes for the compiler of a GPU, which start while the floor is measured and the step is traced."""
-    count = min(settings.workers or compile_threads(), MOST)
-    return (
-        nullcontext()
-        if kind == "cpu" or settings.target == "mlir" or count == 1
-        else SpawnedWorkers(count, kind, debug)
-    )
 
 
 def compiled_step(

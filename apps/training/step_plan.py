@@ -18,6 +18,7 @@ import compiled
 import modelzoo
 from apps.training import optimizers
 from apps.training.activations import planned_activations
+from apps.training.compilers import device_kind
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import written
 from apps.training.distilling import teacher_config
@@ -151,21 +152,6 @@ def plan_step(config: TrainConfig) -> StepPlan:
         target=describe_target(config.compile.mlir.dialect, config.compile.mlir.compiler) if target == "mlir" else {},
     )
     return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec, teacher)
-
-
-def device_kind(arch: str) -> str:
-    """ "cpu" or "cuda"; auto takes a GPU where there is one. UserError for cuda on a machine without."""
-    if arch == "cpu":
-        return "cpu"
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    if arch == "cuda":
-        raise UserError(
-            "compile.arch=cuda needs a CUDA device, and this machine has none. Use compile.arch=cpu or auto."
-        )
-    return "cpu"
 
 
 def read_model_config(config: TrainConfig) -> tuple[str, Any]:
