@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from backends.errors import UserError
-from backends.ranks import break_even, rank_for
+from backends.ranks import break_even, rank_after, rank_for
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def uniform_ranks(shapes: Mapping[str, LayerShape], keep: float) -> Ranks:
 def spectrum_ranks(shapes: Mapping[str, LayerShape], spectra: Mapping[str, Tensor], keep: float) -> Ranks:
     """Ranks that together hold the share `keep` of all layers' numbers, each where it removes most error per number.
 
+    They are ranks that `rank_after` knows.
     A layer's error counts relative to what its outputs vary at all, Σ_{i>k} λ_i / Σ λ_i. Eigenvalues fall, so taking
     the best next rank again and again gives the least sum of errors for the budget. A layer whose next rank would be as
     dear as the matrix becomes dense, if the rest of the budget pays for that, and stops otherwise.
@@ -75,8 +76,9 @@ def spectrum_ranks(shapes: Mapping[str, LayerShape], spectra: Mapping[str, Tenso
     totals = {name: max(float(spectrum.sum()), 1e-300) for name, spectrum in spectra.items()}
 
     def gain(name: str, rank: int) -> float:
-        values = spectra[name]
-        return float(values[rank]) / totals[name] / shapes[name].per_rank if rank < len(values) else 0.0
+        """Of going on from `rank`, per number."""
+        step = rank_after(rank) - rank
+        return float(spectra[name][rank : rank + step].sum()) / totals[name] / shapes[name].per_rank / step
 
     queue = [(-gain(name, 1), name) for name in shapes]
     heapq.heapify(queue)
@@ -84,13 +86,15 @@ def spectrum_ranks(shapes: Mapping[str, LayerShape], spectra: Mapping[str, Tenso
         _, name = heapq.heappop(queue)
         rank, shape = ranks[name], shapes[name]
         assert rank is not None
-        if rank >= shape.most:
+        following = rank_after(rank)
+        if following > shape.most:
             price = shape.dense - rank * shape.per_rank
             if price <= budget and rank < len(spectra[name]) and float(spectra[name][rank:].sum()) > 0:
                 ranks[name], budget = None, budget - price
             continue
-        if shape.per_rank > budget:
+        price = (following - rank) * shape.per_rank
+        if price > budget:
             continue
-        ranks[name], budget = rank + 1, budget - shape.per_rank
-        heapq.heappush(queue, (-gain(name, rank + 1), name))
+        ranks[name], budget = following, budget - price
+        heapq.heappush(queue, (-gain(name, following), name))
     return ranks

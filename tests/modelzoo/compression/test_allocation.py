@@ -56,6 +56,26 @@ def test_the_spectrum_decides_as_trying_everything_does():
         assert error(found) == pytest.approx(best)
 
 
+def test_large_ranks_are_such_as_a_gpu_reads_well():
+    shapes = {"wide": LayerShape(2048, 5632), "narrow": LayerShape(100, 100)}
+    spectra = {"wide": torch.linspace(2, 1, 2048).double(), "narrow": torch.linspace(2, 1, 100).double()}
+    for keep in (0.3, 0.5, 0.7, 0.85):
+        for ranks in (uniform_ranks(shapes, keep), spectrum_ranks(shapes, spectra, keep)):
+            assert ranks["wide"] % 8 == 0
+            assert numbers(shapes, ranks) <= keep * sum(shape.dense for shape in shapes.values())
+    assert uniform_ranks(shapes, 0.5) == {"wide": 744, "narrow": 25}  # of 750
+
+
+def test_steps_of_eight_are_taken_where_they_remove_most():
+    shapes = {"a": LayerShape(400, 400), "b": LayerShape(400, 400)}
+    spectra = {
+        "a": torch.cat([torch.full((64,), 9.0), torch.full((8,), 0.5), torch.zeros(328)]).double(),
+        "b": torch.cat([torch.full((64,), 9.0), torch.full((8,), 1.0), torch.zeros(328)]).double(),
+    }
+    found = spectrum_ranks(shapes, spectra, (2 * 64 + 12) * 800 / (2 * 160000))  # twelve more than 64 each: one step
+    assert found == {"a": 64, "b": 72}
+
+
 def test_a_layer_that_needs_all_its_ranks_stays_dense_if_the_budget_pays_for_it():
     shapes = {"flat": LayerShape(10, 10), "steep": LayerShape(10, 10)}
     spectra = {
