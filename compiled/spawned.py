@@ -155,6 +155,8 @@ def _begin(device_turns: Any) -> None:
     global _device_turns
     _device_turns = device_turns
     torch.set_num_threads(1)
+    # a named semaphore, which tqdm's lock would be in a spawned process, outlives one that is killed
+    multiprocessing.set_start_method("fork", force=True)
     os.setpgid(0, 0)  # Ctrl-C in a terminal passes by: the parent ends it
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +118,25 @@ def test_an_error_ends_them_at_once() -> None:
         raise KeyboardInterrupt
     assert time.monotonic() - started < 8  # they were importing, and had a library to compile
     assert set(multiprocessing.active_children()) <= others
+
+
+def test_nothing_is_said_when_they_end(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from compiled.spawned import SpawnedWorkers\n"
+        "if __name__ == '__main__':\n"
+        "    with SpawnedWorkers(1, 'cpu') as workers:\n"
+        "        workers._pool.submit(len, '').result()\n"  # behind the warming up, so that it is idle
+    )
+    root = Path(__file__).parents[2]
+    ran = subprocess.run(
+        [sys.executable, program],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout + ran.stderr == ""
 
 
 def test_what_cannot_leave_this_process_is_lowered_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
