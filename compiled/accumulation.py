@@ -16,11 +16,14 @@ class Accumulation:
     def add(self, group: int, gradients: Gradients) -> None:
         """Keep a group's gradients of a microbatch that is not the last; empty where all of the group is frozen."""
         if group in self._groups:
+            assert not self._leaves_pairs  # of three, two would be summed in their own dtype
             self._add_to(self._groups[group], gradients)
         elif self._leaves_pairs:
             self._groups[group] = gradients
         else:
-            self._groups[group] = {name: gradient.to(wide(gradient)) for name, gradient in gradients.items()}
+            self._groups[group] = {
+                name: gradient.to(accumulation_dtype(gradient.dtype)) for name, gradient in gradients.items()
+            }
 
     def finish(self, group: int, gradients: Gradients) -> Gradients:
         """All of a step's gradients of a group, now that the last microbatch's are there; forgets them."""
@@ -37,9 +40,9 @@ class Accumulation:
             torch._foreach_add_(list(sums.values()), list(gradients.values()))
 
 
-def wide(gradient: Tensor) -> torch.dtype:
-    """The dtype a gradient is summed in."""
-    return torch.promote_types(gradient.dtype, torch.float32)
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Gradients that are summed (over chunks, microbatches) are summed in at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def total(losses: list[Tensor]) -> Tensor:

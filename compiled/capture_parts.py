@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.precision import PrecisionPolicy, as_torch
+from compiled.accumulation import accumulation_dtype
 from compiled.capture import Captured, Sources, capture_function
 from compiled.objective import hits_sum, loss_and_gradient, loss_sum
 from compiled.stages import Stage, StagedModel, canonical_names, stage_of
@@ -32,11 +33,6 @@ def head_stage(model: StagedModel) -> Stage:
     paths = {"norm": names.norm, "head": names.head}
     module = _Head(model.get_submodule(names.norm), model.get_submodule(names.head))
     return stage_of("head", module, canonical_names(model), paths)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Gradients that are summed (over chunks, microbatches) are summed in at least float32."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def capture_head(

@@ -13,8 +13,8 @@ from torch import Tensor
 from backends.precision import PrecisionPolicy, as_torch
 from backends.split_masters import REST, join, split
 from backends.stochastic_rounding import COLUMNS, key_of, round_to_bfloat16
+from compiled.accumulation import accumulation_dtype
 from compiled.capture import Captured, Sources, capture_function
-from compiled.capture_parts import accumulation_dtype
 
 Shape = tuple[int, ...]
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from backends.precision import PrecisionPolicy, as_torch
 from backends.stochastic_rounding import COLUMNS
+from compiled.accumulation import accumulation_dtype
 from compiled.capture import Captured, Sources
-from compiled.capture_parts import accumulation_dtype
 from compiled.capture_update import Optimizer, UpdateCapture, totals_of
 from compiled.stages import Stage
 

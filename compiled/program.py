@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backends.articles import article_spans
 from backends.state import require_calibrated
-from compiled.accumulation import Accumulation, total, wide
+from compiled.accumulation import Accumulation, accumulation_dtype, total
 from compiled.artifact import Artifact
 from compiled.binding import Binding
 from compiled.clipping import Verdict, clip_values, judge
@@ -287,7 +287,7 @@ class CompiledProgram:
         for local in self.embed["trained"]:
             full, gradient = self.embed["parameters"][local], results[f"grad_{local}"]
             if full in gradients:
-                gradient = gradients[full].to(wide(gradient)).add_(gradient)
+                gradient = gradients[full].to(accumulation_dtype(gradient.dtype)).add_(gradient)
             gradients[full] = gradient
 
     def _shared(self, microbatch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from backends.precision import PrecisionPolicy, as_torch
+from compiled.accumulation import accumulation_dtype
 from compiled.capture import Captured
-from compiled.capture_parts import accumulation_dtype
 from compiled.mlir.modules import ModuleSpec, Role, Value
 from compiled.objective import TERMS
 from compiled.schedule import Schedule

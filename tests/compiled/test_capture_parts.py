@@ -9,8 +9,9 @@ from torch import Tensor
 
 from apps.training.step_plan import StepPlan
 from compiled import lowering
+from compiled.accumulation import accumulation_dtype
 from compiled.capture import Captured, Sources
-from compiled.capture_parts import accumulation_dtype, capture_head, head_stage
+from compiled.capture_parts import capture_head, head_stage
 from tests.compiled.interpreted import assert_close, random_inputs, run
 
 PlanOf = Callable[..., StepPlan]
