@@ -40,7 +40,11 @@ class Row:
 BFLOAT16 = "model.dtype=bfloat16 optimizer.moments_dtype=bfloat16 optimizer.master_weights=none"
 MASTERS = "model.dtype=bfloat16 optimizer.moments_dtype=bfloat16 optimizer.master_weights=float32"
 TINYLLAMA = "checkpoint.config_name=tinyllama-1.1b training.batch_size=8 model.max_seq_length=2048"
-LLAMA = "checkpoint.config_name=llama-2-7b training.batch_size=8 model.max_seq_length=4096"
+LLAMA = (  # as one batch it would not fit without computing blocks again
+    "checkpoint.config_name=llama-2-7b training.batch_size=4 training.gradient_accumulation_steps=2 "
+    "model.max_seq_length=4096"
+)
+SPLIT = "model.dtype=bfloat16 optimizer.moments_dtype=bfloat16 optimizer.master_weights=split"
 CPU_MODEL = "checkpoint.config_name=benchmarks/cpu_model training.batch_size=4 model.max_seq_length=256"
 ROWS = {
     "tinyllama": Row("TinyLlama-1.1B, 8×2048", f"{TINYLLAMA} {BFLOAT16}"),
@@ -48,7 +52,6 @@ ROWS = {
         "clm-60m, 16×2048",
         f"checkpoint.config_name=clm-60m training.batch_size=16 model.max_seq_length=2048 {BFLOAT16}",
     ),
-    "llama-2-7b": Row("Llama-2-7B, 8×4096, activations recomputed as needed", f"{LLAMA} {BFLOAT16}"),
     "articles": Row(
         "TinyLlama-1.1B, 8×2048, articles of 512 tokens", f"{TINYLLAMA} {BFLOAT16} model.article_attention=true"
     ),
@@ -58,7 +61,11 @@ ROWS = {
     ),
     # transformers has no such step; it is compared with ours without masters
     "masters": Row("TinyLlama-1.1B, 8×2048, float32 masters", f"{TINYLLAMA} {MASTERS}", peers=()),
-    "llama-2-7b-masters": Row("Llama-2-7B, 8×4096, float32 masters", f"{LLAMA} {MASTERS}", peers=()),
+    "llama-2-7b": Row("Llama-2-7B, 2×4×4096", f"{LLAMA} {BFLOAT16}"),
+    "llama-2-7b-masters": Row("Llama-2-7B, 2×4×4096, float32 masters (split)", f"{LLAMA} {SPLIT}", peers=()),
+    "llama-2-7b-fp8": Row(
+        "Llama-2-7B, 2×4×4096, linears in fp8", f"{LLAMA} {BFLOAT16} backend.rules_file=fp8", peers=()
+    ),
     "cpu": Row("6 layers of width 384, 4×256, float32", CPU_MODEL, "cpu"),
     "cpu-bfloat16": Row("the same in bfloat16", f"{CPU_MODEL} {BFLOAT16}", "cpu"),
 }

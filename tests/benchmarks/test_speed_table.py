@@ -17,6 +17,7 @@ def test_every_row_is_a_step_that_can_be_planned(name: str, monkeypatch: pytest.
     assert f"{plan.spec.batch_size}×{plan.spec.max_seq_length}" in ROWS[name].title or name == "cpu-bfloat16"
     assert plan.precision.parameters == ("float32" if name == "cpu" else "bfloat16")
     assert plan.precision.master == ("float32" if name.endswith("masters") else "none")
+    assert plan.precision.rounding == ("split" if name == "llama-2-7b-masters" else "nearest")
 
 
 def test_rows_are_those_asked_for_or_those_of_the_device(capsys: pytest.CaptureFixture[str]) -> None:
