@@ -78,6 +78,9 @@ class Backend:
     # Layers that read the same input may be one product over their weights, one below the other: `linear` computes each
     # output from its own row of the weight and from x, and keeps no state (see backends/joint.py).
     joins_rows: ClassVar[bool] = False
+    # The same for a backend that stores other parameters: the one matrix [rows, in] of them that x is multiplied by, in
+    # `linear` as x · matrixᵀ; `behind_input_matrix` is the rest of `linear`.
+    input_matrix: ClassVar[str | None] = None
     # Further modules whose source decides what is computed (kernels); they enter the fingerprint.
     source_modules: ClassVar[tuple[str, ...]] = ()
 
@@ -106,6 +109,10 @@ class Backend:
         dict of those tensors and `bias` is None. In evaluation (`training` false) the returned state is not kept.
         The new state has every name of `linear_state` but those that are given.
         """
+        raise NotImplementedError
+
+    def behind_input_matrix(self, product: Tensor, weight: Any) -> Tensor:
+        """y [..., out] from x · matrixᵀ [..., rows], with `weight` as for `linear`. With an `input_matrix` only."""
         raise NotImplementedError
 
     def matmul(self, a: Tensor, b: Tensor, state: State, *, training: bool = False) -> tuple[Tensor, State]:

@@ -39,12 +39,16 @@ class Lowrank(Backend):
                 raise UserError(f"Backend lowrank has keep={self.keep:g}. Expected a share above 0 and at most 1.")
 
     source_modules: ClassVar[tuple[str, ...]] = ("backends.ranks",)
+    input_matrix: ClassVar[str | None] = "weight_in"
     config: Config
 
     def linear(
         self, x: Tensor, weight: Any, bias: Tensor | None, state: State, *, training: bool = False
     ) -> tuple[Tensor, State]:
-        return F.linear(F.linear(x, weight["weight_in"]), weight["weight_out"], weight.get("bias")), state
+        return self.behind_input_matrix(F.linear(x, weight["weight_in"]), weight), state
+
+    def behind_input_matrix(self, product: Tensor, weight: Any) -> Tensor:
+        return F.linear(product, weight["weight_out"], weight.get("bias"))
 
     def rank(self, in_features: int, out_features: int) -> int:
         """The rank of a layer. UserError when that is more than any matrix of its shape has."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backends.joint import layers_of_one_input, may_be_one_product
+from backends.joint import joined_kinds, layers_of_one_input, may_be_one_product
 from compiled.stages import Stage, StagedModel
 
 ALIGNED = 16  # bytes: what a GPU's kernels load at once; a tensor that begins elsewhere would be copied on every call
@@ -27,12 +27,12 @@ def join(stage: Stage, model: StagedModel) -> None:
         layers = layers_of_one_input(module)
         if not layers or not may_be_one_product(layers):
             continue
-        kinds = {kind: [getattr(layer, kind) for layer in layers] for kind in ("weight", "bias")}
-        kinds = {kind: found for kind, found in kinds.items() if found[0] is not None}
-        if not all(uses[id(each)] == 1 and each.nbytes % ALIGNED == 0 for found in kinds.values() for each in found):
+        kinds = joined_kinds(layers[0])
+        taken = [getattr(layer, name) for layer in layers for name in kinds.values()]
+        if not all(uses[id(each)] == 1 and each.nbytes % ALIGNED == 0 for each in taken):
             continue
-        for kind in kinds:
-            stage.joint[f"{path}.joint_{kind}"] = [f"{path}.{name}.{kind}" for name in module.same_input]
+        for kind, name in kinds.items():
+            stage.joint[f"{path}.joint_{kind}"] = [f"{path}.{layer}.{name}" for layer in module.same_input]
 
 
 def lay_together(entries: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

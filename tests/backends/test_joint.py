@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from backends.joint import joint_linear, layers_of_one_input, may_be_one_product
 from backends.layers import BackendLinear
 from backends.lora import add_lora
+from backends.lowrank import Lowrank
 from tests.backends.stateful_backend import ScaledBackend
 
 
@@ -59,6 +60,45 @@ def lora(module: Three) -> None:
 
 def another_class(module: Three) -> None:
     module.two.__class__ = type("Noisy", (BackendLinear,), {})
+
+
+def low_rank(module: Three, *ranks: int, bias: bool = False) -> Three:
+    for layer, rank in zip(layers_of_one_input(module), ranks, strict=True):
+        layer.set_backend(Lowrank(Lowrank.Config(rank=rank, bias=bias)))
+    return module
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_of_factors_the_first_ones_are_one_product(bias: bool, dtype: torch.dtype | None) -> None:
+    torch.manual_seed(2)
+    module = low_rank(Three(), 3, 1, 2, bias=bias)
+    layers = layers_of_one_input(module)
+    assert may_be_one_product(layers)
+    for layer in layers:
+        layer.compute_dtype = dtype
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    stored = [
+        {name: getattr(layer, name).to(dtype or torch.float32) for name in layer.stored or ()} for layer in layers
+    ]
+    wide = x.to(dtype or x.dtype)
+    expected = tuple(wide @ (s["weight_out"] @ s["weight_in"]).T + s.get("bias", 0) for s in stored)
+    leaves, upstream = [x, *module.parameters()], [torch.randn_like(each) for each in expected]
+    gradients = torch.autograd.grad(expected, leaves, upstream)
+    joint = {"joint_weight": torch.cat([layer.weight_in for layer in layers])}
+    for outputs in (module(x), torch.func.functional_call(module, joint, (x,))):
+        torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(outputs, leaves, upstream), gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_factors_are_not_joined_with_a_matrix_or_with_frozen_ones() -> None:
+    module = low_rank(Three(), 2, 2, 2)
+    module.two.requires_grad_(False)
+    assert not may_be_one_product(layers_of_one_input(module))
+    module = Three()
+    module.two.set_backend(Lowrank(Lowrank.Config(rank=2)))
+    assert not may_be_one_product(layers_of_one_input(module))
+    assert not may_be_one_product([module.two, module.one])
 
 
 CHANGES: dict[str, Callable[[Three], object]] = {

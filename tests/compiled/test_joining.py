@@ -1,6 +1,7 @@
 """Weights that regions take together: the same training, the same parameters, the same checkpoints."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,17 @@ def test_training_follows_the_eager_twin(biased: Compiled) -> None:
     for (name, mine), other in zip(after.items(), theirs.parameters(), strict=True):
         assert mine is before[name]
         torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-10)
+
+
+def test_low_rank_layers_share_the_product_with_what_they_read(joins: None, plan_of: PlanOf) -> None:
+    rules = [{"match": "*_proj", "use": "lowrank", "keep": 0.5, "bias": True}]
+    plan = plan_of("model.dtype=float64", f"backend.rules={json.dumps(rules)}")
+    low = Compiled(plan, InterpretedArtifact(plan), rules)  # type: ignore[arg-type]
+    joint = {"self_attn.joint_weight": [f"self_attn.{name}_proj.weight_in" for name in "qkv"]}
+    assert joint_of(plan) == joint | {"mlp.joint_weight": [f"mlp.{name}_proj.weight_in" for name in ("gate", "up")]}
+    products = [str(node.target) for node in low.artifact.captured["block_0_forward"].graph.graph.nodes]  # type: ignore[attr-defined]
+    assert sum("mm" in target and "bmm" not in target for target in products) == 4 + 7  # W_in of the four, seven W_out
+    test_training_follows_the_eager_twin(low)
 
 
 def test_gradients_by_name_are_those_of_separate_products(
