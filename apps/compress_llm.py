@@ -91,6 +91,7 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
             allocation=chosen.allocation,
             match=chosen.match,
             inputs=chosen.inputs,
+            targets=chosen.targets,
             learned=learning,
             sum_=workers.sum_,
             on_layer=on_layer,

@@ -1,4 +1,4 @@
-"""What compression does to held-out perplexity: four methods, two ways to spend the budget, before and after tuning.
+"""What compression does to held-out perplexity: five methods, two ways to spend the budget, before and after tuning.
 
     python benchmarks/low_rank.py out=outputs/low-rank-study jobs=6 minutes=10
     python benchmarks/low_rank.py out=outputs/low-rank-study models=benchmarks/low_rank_model steps=400 tune=40 \
@@ -10,11 +10,9 @@ allocation, and trains every one of these, and the dense model itself, for the s
 rows. Settings are train_llm.py's (for all trainings), and those of OWN: `steps` of the dense training (empty: those of
 MODELS) or the `minutes` it is to take, counted from the pace of its first steps; `tune_lr` is the peak of both a linear
 rise and fall; `tokens` of calibration; `input`, `length` of a row, `vocabulary` and `dev_ratio` as prepare_data.py
-takes them; `models` by name or folder. The short trainings are eager: with
-`spectrum` no two compressed models have layers of the same shapes, and each would be compiled for itself.
-
-`jobs` of them run at a time. What is done is not done again, so a stopped study goes on; `report=only` shows what is
-there. `out` gets low-rank.md, low-rank.png, low-rank.json, and a log for each part.
+takes them; `models` by name or folder. The short trainings are eager: with `spectrum` no two compressed models have
+layers of the same shapes. `jobs` of them run at a time. What is done is not done again, so a stopped study goes on;
+`report=only` shows what is there. `out` gets low-rank.md, low-rank.png, low-rank.json, and a log for each part.
 """
 
 import csv
@@ -42,7 +40,7 @@ MODELS = {
     "clm-60m": (["training.batch_size=16", "optimizer.lr=1e-3"], 1000),
 }
 OTHER_MODELS = (["training.batch_size=8", "optimizer.lr=1e-3"], 500)
-METHODS = ("svd", "asvd", "svd_llm", "mimic")
+METHODS = ("svd", "asvd", "svd_llm", "mimic", "mimic_dense")  # the last: mimic with compress.targets=dense
 ALLOCATIONS = ("uniform", "spectrum")
 OWN = {
     "out": "outputs/low-rank-study",
@@ -63,7 +61,9 @@ OWN = {
     "report": "after",
 }
 PACE_STEPS = 30
-COLOURS = {"svd": "#9db7d9", "asvd": "#e08e0b", "svd_llm": "#7b4fa3", "mimic": "#d1495b", "dense": "#6b7280"}
+COLOURS = dict(
+    zip((*METHODS, "dense"), ("#9db7d9", "#e08e0b", "#7b4fa3", "#d1495b", "#2a9d4a", "#6b7280"), strict=True)
+)
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,9 @@ class Study:
         log = f"{case.name}-compress"
         if case.method != "dense" and not self.is_done(log):
             shutil.rmtree(small, ignore_errors=True)
-            given = [f"checkpoint.model_name_or_path={dense}", f"output_dir={small}"]
-            given += [f"compress.method={case.method}", f"compress.allocation={case.allocation}"]
+            method, targets = case.method.removesuffix("_dense"), case.method.endswith("_dense")
+            given = [f"checkpoint.model_name_or_path={dense}", f"output_dir={small}", f"compress.method={method}"]
+            given += [f"compress.targets={'dense' if targets else 'own'}", f"compress.allocation={case.allocation}"]
             given += [f"compress.keep={case.keep}", f"compress.calibration={self.out}/dataset"]
             given += [f"compress.tokens={self.own['tokens']}", f"max_seq_length={self.own['length']}"]
             self.program(log, "apps/compress_llm.py", *given, at_once=self.jobs)
@@ -227,7 +228,7 @@ def table(study: Study, model: str) -> str:
     lost = []
     for head, low, column in zip(heads, lowest, columns, strict=True):
         winner = next((key for key, value in zip(cells, column, strict=True) if value == low and low is not None), None)
-        if winner is not None and winner[0] != "mimic":
+        if winner is not None and not winner[0].startswith("mimic"):
             lost.append(f"{head} ({' '.join(winner)})")
     return "\n".join(lines + ([f"Not lowest with mimic: {', '.join(lost)}."] if lost else []))
 

@@ -28,6 +28,9 @@ class CompressionSettings:
     inputs: Literal["compressed", "dense"] = setting(
         "compressed", "what a layer's inputs come out of: its compressed predecessors, or the dense ones"
     )
+    targets: Literal["own", "dense"] = setting(
+        "own", "of mimic, what a layer is to give: what its weights give of its own inputs, or of the dense model's"
+    )
     epochs: int = setting(1, "of mimic_gd: passes over the calibration data", at_least=1)
     lr: float = setting(8.6e-5, "of mimic_gd: AdamW's learning rate", above=0)
     max_grad_norm: float = setting(2.0, "of mimic_gd: a layer's gradients are clipped to this norm", above=0)
@@ -65,11 +68,26 @@ class CompressSettings:
             )
         if ranks is not None:
             _check_ranks(ranks)
+        if self.compress.targets == "dense":
+            _check_dense_targets(self.compress)
         if self.compress.method == "mimic_gd" and self.compress.inputs == "compressed":
             raise UserError(
                 "compress.method=mimic_gd learns beside the dense model, got compress.inputs=compressed. "
                 "Add compress.inputs=dense."
             )
+
+
+def _check_dense_targets(compress: CompressionSettings) -> None:
+    if compress.method != "mimic":
+        raise UserError(
+            f"compress.targets=dense is of compress.method=mimic, got compress.method={compress.method}. "
+            "Choose mimic, or leave compress.targets out."
+        )
+    if compress.inputs != "compressed":
+        raise UserError(
+            f"compress.targets=dense repairs what compressed predecessors give, got compress.inputs={compress.inputs}. "
+            "Expected compress.inputs=compressed."
+        )
 
 
 def _check_ranks(ranks: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,16 +16,21 @@ from backends.lora import matching_linears
 from modelzoo.compression.allocation import LayerShape, Ranks, given_ranks, spectrum_ranks, uniform_ranks
 from modelzoo.compression.methods import METHODS, Factors, compress, measured_error, principal_outputs
 from modelzoo.compression.moments import Moments
+from modelzoo.compression.regression import error_towards_targets, regress, variance_of_targets
+from modelzoo.compression.staged import DenseBeside, Sum, sum_moments
 from modelzoo.compression.streaming import Batch, BlockInputs, blocks_of, linears_of, moments_of
 
-Sum = Callable[[Tensor], Tensor]
+TARGETS = ("own", "dense")
 # layers and their ranks, by name → factors of each
 Learned = Callable[[Mapping[str, nn.Linear], Mapping[str, int]], dict[str, Factors]]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: its rank (None: dense), E|y − ŷ|² as promised and as measured, and E|y − E[y]|², what y varies."""
+    """One layer: its rank (None: dense), E|y − ŷ|² as promised and as measured, and E|y − E[y]|², what y varies.
+
+    y is what the layer is to give: with `targets="own"` what its dense weights give of the inputs it has.
+    """
 
     name: str
     shape: LayerShape
@@ -52,6 +57,7 @@ def compress_model(
     allocation: Literal["uniform", "spectrum"] = "uniform",
     match: str | Sequence[str] | None = None,
     inputs: Literal["compressed", "dense"] = "compressed",
+    targets: Literal["own", "dense"] = "own",
     learned: Learned | None = None,
     sum_: Sum = lambda tensor: tensor,
     on_layer: Callable[[LayerReport], None] = lambda report: None,
@@ -67,6 +73,7 @@ def compress_model(
     """
     if method not in METHODS:
         raise unknown("method", method, tuple(METHODS))
+    _require_targets(targets, method, inputs)
     blocks = blocks_of(model)
     layers = _layers(model, blocks, tuple(ranks) if ranks is not None else match)
     shapes = {name: LayerShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
@@ -77,30 +84,78 @@ def compress_model(
         ready = {} if learned is None else learned(layers, {name: rank for name, rank in chosen.items() if rank})
         stream = BlockInputs(model, next(iter(blocks.values())), batches)
         reports = []
+        beside = DenseBeside(stream) if targets == "dense" else None
         for path, block in blocks.items():
             mine = linears_of(block, path, tuple(shapes))
-            with moments_of(mine) as moments:
-                if inputs == "dense":
-                    stream.advance(block)
-                else:
-                    for _ in stream.outputs(block):
-                        pass
-            _add_up(moments, sum_)
-            for name, layer in mine.items():
-                rank = chosen[name]
-                if rank is None:
-                    factors = None
-                elif name in ready:
-                    factors = ready[name]
-                else:
-                    factors = compress(method, layer.weight, layer.bias, moments[name], rank)
-                reports.append(_replace(name, layer, moments[name], factors))
-                on_layer(reports[-1])
-            if inputs == "compressed":
-                stream.advance(block)
+            if beside is not None:
+                block_reports = _towards_dense(path, block, mine, chosen, beside, sum_)
+            else:
+                block_reports = _towards_own(block, mine, chosen, stream, method, inputs, ready, sum_)
+            for report in block_reports:
+                reports.append(report)
+                on_layer(report)
     finally:
         model.train(was_training)
-    return reports
+    order = {name: number for number, name in enumerate(shapes)}
+    return sorted(reports, key=lambda report: order[report.name])
+
+
+def _require_targets(targets: str, method: str, inputs: str) -> None:
+    if targets not in TARGETS:
+        raise unknown("targets", targets, TARGETS)
+    if targets == "dense" and (method, inputs) != ("mimic", "compressed"):
+        raise UserError(
+            f"targets='dense' got method='{method}' and inputs='{inputs}'. Expected method='mimic' and "
+            "inputs='compressed': that is what can aim at what the dense model gives."
+        )
+
+
+def _towards_own(
+    block: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    ranks: Ranks,
+    stream: BlockInputs,
+    method: str,
+    inputs: str,
+    ready: Mapping[str, Factors],
+    sum_: Sum,
+) -> Iterator[LayerReport]:
+    """Compress a block's layers, each to what its own weights give of its inputs, and put the data behind the block."""
+    with moments_of(layers) as moments:
+        if inputs == "dense":
+            stream.advance(block)
+        else:
+            for _ in stream.outputs(block):
+                pass
+    _add_up(moments, sum_)
+    for name, layer in layers.items():
+        rank = ranks[name]
+        if rank is None:
+            factors = None
+        elif name in ready:
+            factors = ready[name]
+        else:
+            factors = compress(method, layer.weight, layer.bias, moments[name], rank)
+        yield _replace(name, layer, moments[name], factors)
+    if inputs == "compressed":
+        stream.advance(block)
+
+
+def _towards_dense(
+    path: str, block: nn.Module, layers: Mapping[str, nn.Linear], ranks: Ranks, beside: DenseBeside, sum_: Sum
+) -> Iterator[LayerReport]:
+    """The same towards what the layers give in the dense model, a stage after another."""
+    for name, targets in beside.targets(path, block, layers, sum_):
+        layer, rank = layers[name], ranks[name]
+        shape, weight = LayerShape(layer.in_features, layer.out_features), layer.weight.detach()
+        factors = None if rank is None else regress(weight, layer.bias, targets, rank)
+        measured = error_towards_targets(weight, layer.bias, factors, targets)
+        variance = variance_of_targets(weight, targets)
+        if factors is None:
+            yield LayerReport(name, shape, None, measured, measured, variance, weight.new_empty(0, dtype=torch.float64))
+        else:
+            _store(layer, factors)
+            yield LayerReport(name, shape, rank, factors.predicted, measured, variance, factors.spectrum)
 
 
 def spectra_of(
@@ -167,9 +222,7 @@ def _choose(
 def _add_up(moments: Mapping[str, Moments], sum_: Sum) -> None:
     """Sum over the workers, each object once."""
     for each in {id(one): one for one in moments.values()}.values():
-        count = torch.tensor(each.count, dtype=torch.int64, device=each.total.device)
-        each.count = int(sum_(count))
-        each.total, each.magnitude, each.second = sum_(each.total), sum_(each.magnitude), sum_(each.second)
+        sum_moments(each, sum_)
 
 
 def _replace(name: str, layer: nn.Linear, moments: Moments, factors: Factors | None) -> LayerReport:

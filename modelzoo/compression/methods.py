@@ -23,12 +23,16 @@ from modelzoo.compression.moments import Moments
 
 @dataclass(frozen=True)
 class Factors:
-    """y ≈ weight_out (weight_in x) + bias; float64. `spectrum`: errors that each further rank takes away, falling."""
+    """y ≈ weight_out (weight_in x) + bias; float64. `spectrum`: errors that each further rank takes away, falling.
+
+    `floor`: an error that no rank takes away.
+    """
 
     weight_in: Tensor  # [rank, in]
     weight_out: Tensor  # [out, rank]
     bias: Tensor | None
     spectrum: Tensor
+    floor: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -37,7 +41,7 @@ class Factors:
     @property
     def predicted(self) -> float:
         """The error E|y − ŷ|² that the method promises: what the ranks not taken would have removed."""
-        return float(self.spectrum[self.rank :].sum())
+        return self.floor + float(self.spectrum[self.rank :].sum())
 
 
 Method = Callable[[Tensor, "Tensor | None", Moments, int], Factors]
@@ -60,7 +64,7 @@ def measured_error(weight: Tensor, bias: Tensor | None, factors: Factors, moment
 
 def _svd(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    return _balanced(right[:rank], left[:, :rank] * values[:rank], bias, values.square())
+    return balanced(right[:rank], left[:, :rank] * values[:rank], bias, values.square())
 
 
 def start_of_learning(weight: Tensor, bias: Tensor | None, rank: int) -> Factors:
@@ -72,19 +76,19 @@ def _asvd(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> F
     scale = moments.mean_magnitude.sqrt()
     scale = torch.where(scale > 0, scale, 1.0)  # an input that is always zero may have any
     left, values, right = torch.linalg.svd(weight * scale, full_matrices=False)
-    return _balanced(right[:rank] / scale, left[:, :rank] * values[:rank], bias, values.square())
+    return balanced(right[:rank] / scale, left[:, :rank] * values[:rank], bias, values.square())
 
 
 def _svd_llm(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
     directions, spectrum = principal_outputs(weight, moments.uncentred, rank)
-    return _balanced(directions.t() @ weight, directions, bias, spectrum)
+    return balanced(directions.t() @ weight, directions, bias, spectrum)
 
 
 def _mimic(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
     directions, spectrum = principal_outputs(weight, moments.covariance, rank)
     mean = weight @ moments.mean  # what the projection takes of it, a bias gives back; b itself needs no projection
     offset = mean - directions @ (directions.t() @ mean)
-    return _balanced(directions.t() @ weight, directions, offset if bias is None else bias + offset, spectrum)
+    return balanced(directions.t() @ weight, directions, offset if bias is None else bias + offset, spectrum)
 
 
 METHODS: dict[str, Method] = {"svd": _svd, "asvd": _asvd, "svd_llm": _svd_llm, "mimic": _mimic}
@@ -98,27 +102,29 @@ def principal_outputs(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor
     """
     out_features, in_features = weight.shape
     if out_features <= in_features:
-        values, vectors = _eigh(weight @ moment @ weight.t())
+        values, vectors = eigh(weight @ moment @ weight.t())
         return vectors[:, :rank], values
-    inner, basis = _eigh(moment)
+    inner, basis = eigh(moment)
     root = weight @ (basis * inner.sqrt())  # C = root rootᵀ
-    values, vectors = _eigh(root.t() @ root)
+    values, vectors = eigh(root.t() @ root)
     seen = values[:rank].sqrt()
     is_seen = seen > seen[:1] * 1e-7  # the eigenvalues are exact to 1e-15 of the largest, these to its root
     directions = root @ vectors[:, :rank] * torch.where(is_seen, 1 / seen.where(is_seen, 1.0), 0.0)
     return directions, values
 
 
-def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, falling and none below 0, and their eigenvectors as columns."""
     values, vectors = torch.linalg.eigh((matrix + matrix.t()) / 2)
     return values.flip(0).clamp_min(0.0), vectors.flip(1)
 
 
-def _balanced(weight_in: Tensor, weight_out: Tensor, bias: Tensor | None, spectrum: Tensor) -> Factors:
+def balanced(
+    weight_in: Tensor, weight_out: Tensor, bias: Tensor | None, spectrum: Tensor, floor: float = 0.0
+) -> Factors:
     """Each component as long in one factor as in the other: what trains best, and rounds least in 16 bits."""
     lengths = [weight_in.norm(dim=1), weight_out.norm(dim=0)]
     used = (lengths[0] > 0) & (lengths[1] > 0)
     ratio = torch.where(used, lengths[1] / lengths[0].where(used, 1.0), 1.0).sqrt()
     ratio = torch.where(used, ratio, 1.0)
-    return Factors(weight_in * ratio[:, None], weight_out / ratio, bias, spectrum)
+    return Factors(weight_in * ratio[:, None], weight_out / ratio, bias, spectrum, floor)

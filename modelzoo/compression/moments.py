@@ -64,3 +64,56 @@ class Moments:
     def covariance(self) -> Tensor:
         """E[xxᵀ] − E[x]E[x]ᵀ."""
         return self.uncentred - torch.outer(self.mean, self.mean)
+
+
+@dataclass
+class TargetMoments:
+    """Sums over tokens of a layer's inputs x′ [in] and of t [out], what is wanted beyond what its own weights give.
+
+    `own`: of x′, which layers with one input share; Σt, Σ|t|² and `product`, Σ t x′ᵀ, in float64 as in `Moments`.
+    """
+
+    own: Moments
+    total: Tensor
+    squared: Tensor
+    product: Tensor
+
+    @classmethod
+    def empty(cls, own: Moments, out_features: int) -> TargetMoments:
+        total = own.total.new_zeros(out_features)
+        return cls(own, total, total.new_zeros(()), total.new_zeros(out_features, len(own.total)))
+
+    def add(self, own: Tensor, wanted: Tensor) -> None:
+        """Count the tokens of x′ [..., in] and t [..., out]; `self.own` is counted by whoever shares it."""
+        pairs = (each.detach().reshape(-1, each.shape[-1]).split(ROWS) for each in (own, wanted))
+        for x, t in zip(*pairs, strict=True):
+            wide = t.to(torch.float64)
+            self.total += wide.sum(0)
+            self.squared += wide.square().sum()
+            exact = torch.promote_types(x.dtype, torch.float32) if x.is_cuda else torch.float64
+            self.product += t.to(exact).t() @ x.to(exact)
+
+    @property
+    def resolution(self) -> float:
+        """The share of E|x′|² below which what an input varies is taken for rounding of the products."""
+        return 1e-6 if self.product.is_cuda else 1e-12
+
+    @property
+    def mean(self) -> Tensor:
+        """E[t]."""
+        return self.total / self.own.count
+
+    @property
+    def uncentred_square(self) -> Tensor:
+        """E|t|²."""
+        return self.squared / self.own.count
+
+    @property
+    def uncentred(self) -> Tensor:
+        """E[t x′ᵀ]."""
+        return self.product / self.own.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """Cov(t, x′)."""
+        return self.uncentred - torch.outer(self.mean, self.own.mean)

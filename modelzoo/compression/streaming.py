@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from typing import Any
 
 import torch
@@ -57,6 +58,37 @@ class BlockInputs:
         self.hidden_states.append(hidden.detach())
         self._rest.append((arguments[1:], named))
         raise _Reached
+
+    def copy(self) -> BlockInputs:
+        """The same hidden states, to be advanced through other blocks."""
+        other = copy(self)
+        other.hidden_states = list(self.hidden_states)
+        return other
+
+    def until(self, block: nn.Module, layer: nn.Module, tap: nn.Module | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `layer` and, computed before it, `tap` are given by each batch in turn; nothing behind it is computed.
+
+        Both are parts of `block`; `tap` None: the block itself.
+        """
+        for hidden, (arguments, named) in zip(self.hidden_states, self._rest, strict=True):
+            seen = {"tap": hidden}
+
+            def reach(part: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen) -> None:
+                seen["layer"] = inputs[0].detach()
+                raise _Reached
+
+            def pass_by(part: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen) -> None:
+                seen["tap"] = inputs[0].detach()
+
+            handles = [] if tap is None else [tap.register_forward_pre_hook(pass_by)]
+            handles.append(layer.register_forward_pre_hook(reach))
+            try:
+                with suppress(_Reached):
+                    block(hidden, *arguments, **named)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            yield seen["layer"], seen["tap"]
 
     def outputs(self, block: nn.Module) -> Iterator[Tensor]:
         """The block's output for each batch in turn."""

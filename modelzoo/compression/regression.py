@@ -1,0 +1,67 @@
+"""mimic towards what the dense model gives: y = W x′ + b + t, t being what W misses behind compressed layers.
+
+Least E|y − ŷ|² over all affine maps of x′ of the rank is reduced-rank regression (Izenman, *Reduced-rank regression for
+the multivariate linear model*, 1975). Without a limit of rank the best map is C = Cov(y, x′) Cov(x′)⁺; of rank k it is
+U Uᵀ C, with U the first k eigenvectors of C Cov(x′) Cᵀ = QΛQᵀ, and the error is tr Cov(y) − Σ_{i≤k} λ_i. Where t = 0,
+C is W, and this is mimic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modelzoo.compression.methods import Factors, balanced, eigh, principal_outputs
+from modelzoo.compression.moments import TargetMoments
+
+
+def regress(weight: Tensor, bias: Tensor | None, targets: TargetMoments, rank: int) -> Factors:
+    """Factors of rank `rank` for weight [out, in] and bias [out]; float64 on the weight's device.
+
+    C = W + Cov(t, x′) Cov(x′)⁺, so that where x′ does not vary (eigenvalues below `targets.resolution` of E|x′|²) C is
+    W: nothing was seen there to say otherwise. `Factors.floor` is what no rank takes away.
+    """
+    wide, own = weight.detach().to(torch.float64), targets.own.covariance
+    values, basis = eigh(own)
+    is_seen = values > targets.resolution * targets.own.uncentred.trace()
+    inverse = torch.where(is_seen, 1 / values.where(is_seen, 1.0), 0.0)
+    learned = targets.covariance @ basis * inverse @ basis.t()
+    best = wide + learned
+    directions, spectrum = principal_outputs(best, own, rank)
+    inner = directions.t() @ best
+    offset = wide @ targets.own.mean + targets.mean - directions @ (inner @ targets.own.mean)
+    if bias is not None:
+        offset = offset + bias.detach().to(torch.float64)
+    return balanced(inner, directions, offset, spectrum, _floor(best, learned, directions, targets))
+
+
+def _floor(best: Tensor, learned: Tensor, directions: Tensor, targets: TargetMoments) -> float:
+    """E|y − C x′ − E[…]|², and what is met twice of it and of (C − U Uᵀ C) x′ where C was left at W."""
+    own, missed = targets.own.covariance, targets.covariance
+    varied = targets.uncentred_square - targets.mean.square().sum()
+    left = varied - 2 * (learned * missed).sum() + ((learned @ own) * learned).sum()
+    unfitted = missed - learned @ own  # Cov(y − C x′, x′): 0 where x′ varies
+    rest = best - directions @ (directions.t() @ best)
+    return max(float(left), 0.0) + 2 * float((unfitted * rest).sum())
+
+
+def error_towards_targets(
+    weight: Tensor, bias: Tensor | None, factors: Factors | None, targets: TargetMoments
+) -> float:
+    """E|y − ŷ|² over the tokens of `targets`: E|D x′ + t + d|², D = W − Ŵ and d = b − b̂; without factors Ŵ = W."""
+    if factors is None:
+        return float(targets.uncentred_square)
+    difference = weight.to(torch.float64) - factors.weight_out @ factors.weight_in
+    zero = difference.new_zeros(len(difference))
+    offset = (zero if bias is None else bias.to(torch.float64)) - (zero if factors.bias is None else factors.bias)
+    quadratic = ((difference @ targets.own.uncentred) * difference).sum() + targets.uncentred_square
+    crossed = (targets.uncentred * difference).sum()
+    mean = difference @ targets.own.mean + targets.mean
+    return float(quadratic + 2 * crossed + 2 * offset @ mean + offset @ offset)
+
+
+def variance_of_targets(weight: Tensor, targets: TargetMoments) -> float:
+    """E|y − E[y]|²."""
+    wide = weight.to(torch.float64)
+    varied = targets.uncentred_square - targets.mean.square().sum()
+    return float(((wide @ targets.own.covariance + 2 * targets.covariance) * wide).sum() + varied)

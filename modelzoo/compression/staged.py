@@ -1,0 +1,161 @@
+"""A block's layers one stage after another, the dense model's block beside them: compress.targets=dense.
+
+Layers with one input make a stage. A stage is asked for when the stages before it are compressed already, so that its
+moments say what they did. Both streams stop at the stage's input; only its moments are held.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from backends.errors import UserError
+from modelzoo.compression.moments import Moments, TargetMoments
+from modelzoo.compression.streaming import BlockInputs
+
+Sum = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Names of layers with one input, and where what each of them is added to can be seen.
+
+    `taps`: for a layer that adds to the residual stream, the part of the block that is given the stream before it (""
+    is the block itself).
+    """
+
+    names: list[str]
+    taps: dict[str, str]
+
+
+class DenseBeside:
+    """The calibration data in front of a block, as the dense model gives it and as the compressed one does."""
+
+    def __init__(self, own: BlockInputs) -> None:
+        self.own, self.dense = own, own.copy()
+
+    def targets(
+        self, path: str, block: nn.Module, layers: Mapping[str, nn.Linear], sum_: Sum
+    ) -> Iterator[tuple[str, TargetMoments]]:
+        """Each layer's name and moments, in the order of computation; then both are advanced.
+
+        Whoever takes one compresses the layer in `block` before taking the next. UserError naming a layer that is given
+        nothing, numbers that are not finite, or fewer tokens than it has features.
+        """
+        dense = copy.deepcopy(block)
+        for stage in stages_of(self.own, block, layers):
+            found = self._moments(path, block, dense, stage, {name: layers[name] for name in stage.names})
+            sum_moments(found[stage.names[0]].own, sum_)
+            for name in stage.names:
+                each = found[name]
+                each.total, each.squared, each.product = sum_(each.total), sum_(each.squared), sum_(each.product)
+                _check(name, each)
+            yield from found.items()
+        self.dense.advance(dense)
+        self.own.advance(block)
+
+    def _moments(
+        self, path: str, block: nn.Module, dense: nn.Module, stage: Stage, layers: Mapping[str, nn.Linear]
+    ) -> dict[str, TargetMoments]:
+        first = layers[stage.names[0]]
+        own = Moments.empty(first.in_features, first.weight.device)
+        found = {name: TargetMoments.empty(own, layer.out_features) for name, layer in layers.items()}
+        tap = next(iter(stage.taps.values()), "")  # the layers of a stage that add, add to one stream
+        streams = [
+            stream.until(model, model.get_submodule(first_name), model.get_submodule(tap) if tap else None)
+            for first_name in [stage.names[0].removeprefix(f"{path}.")]
+            for stream, model in ((self.dense, dense), (self.own, block))
+        ]
+        for (x, before), (x_own, before_own) in zip(*streams, strict=True):
+            own.add(x_own)
+            wide = torch.promote_types(x.dtype, torch.float32) if x.is_cuda else torch.float64
+            drift, lacking = x.to(wide) - x_own.to(wide), before.to(wide) - before_own.to(wide)
+            for name, layer in layers.items():
+                wanted = drift @ layer.weight.detach().to(wide).t()
+                found[name].add(x_own, wanted + lacking if name in stage.taps else wanted)
+        return found
+
+
+def stages_of(inputs: BlockInputs, block: nn.Module, layers: Mapping[str, nn.Linear]) -> list[Stage]:
+    """Stages of `layers` in the order in which the block computes them, from one batch.
+
+    A layer adds to the residual stream when some part of the block, or what follows it, is given its output plus what
+    an earlier part was given.
+    """
+    given: list[tuple[str, Tensor]] = [("", inputs.hidden_states[0])]
+    outputs: dict[str, tuple[Tensor, int]] = {}  # and how many of `given` were there before
+    stages: list[tuple[Tensor, Stage]] = []
+
+    def reach(name: str, x: Tensor) -> None:
+        stage = next((stage for tensor, stage in stages if tensor is x), None)
+        if stage is None:
+            stages.append((x, Stage([name], {})))
+        else:
+            stage.names.append(name)
+
+    def see(path: str, arguments: Sequence[object]) -> None:
+        if path and arguments and isinstance(arguments[0], Tensor):
+            given.append((path, arguments[0]))
+
+    handles = [
+        part.register_forward_pre_hook(lambda part, arguments, path=path: see(path, arguments))
+        for path, part in block.named_modules()
+    ]
+    for name, layer in layers.items():
+        handles.append(layer.register_forward_pre_hook(lambda layer, arguments, name=name: reach(name, arguments[0])))
+        handles.append(
+            layer.register_forward_hook(lambda layer, _, y, name=name: outputs.update({name: (y, len(given))}))
+        )
+    try:
+        end = next(inputs.outputs(block))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        if name not in outputs:
+            raise UserError(f"Layer '{name}' was given nothing by the calibration data. Leave it out.")
+    sums = [*(tensor for _, tensor in given), end]
+    for _, stage in stages:
+        for name in stage.names:
+            output, earlier = outputs[name]
+            tap = _tap(output, given[:earlier], sums)
+            if tap is not None:
+                stage.taps[name] = tap
+    return [stage for _, stage in stages]
+
+
+def _tap(output: Tensor, given: Sequence[tuple[str, Tensor]], sums: Sequence[Tensor]) -> str | None:
+    """The part that is given what `output` is added to, if it is."""
+    for path, before in given:
+        if before.shape == output.shape:
+            added = before + output
+            near = 4 * torch.finfo(added.dtype).eps * float(added.norm())
+            if any(each.shape == added.shape and float((each - added).norm()) <= near for each in sums):
+                return path
+    return None
+
+
+def sum_moments(moments: Moments, sum_: Sum) -> None:
+    """Make them those of all workers together."""
+    count = torch.tensor(moments.count, dtype=torch.int64, device=moments.total.device)
+    moments.count = int(sum_(count))
+    moments.total, moments.magnitude = sum_(moments.total), sum_(moments.magnitude)
+    moments.second = sum_(moments.second)
+
+
+def _check(name: str, targets: TargetMoments) -> None:
+    if not bool(torch.isfinite(targets.own.second).all() and torch.isfinite(targets.product).all()):
+        raise UserError(
+            f"The inputs of layer '{name}' are not finite on the calibration data. Compress a model that computes "
+            "them, perhaps in float32."
+        )
+    features = len(targets.own.total)
+    if targets.own.count <= features:
+        raise UserError(
+            f"targets=dense fits layer '{name}' of {features} features to {targets.own.count} tokens. Expected more "
+            "tokens than features, better 20 times as many: give more, or use targets=own."
+        )
