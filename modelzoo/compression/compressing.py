@@ -73,7 +73,7 @@ def compress_model(
     """
     if method not in METHODS:
         raise unknown("method", method, tuple(METHODS))
-    _require_targets(targets, method, inputs)
+    _require_targets(targets, method if learned is None else "learned", inputs)
     blocks = blocks_of(model)
     layers = _layers(model, blocks, tuple(ranks) if ranks is not None else match)
     shapes = {name: LayerShape(layer.in_features, layer.out_features) for name, layer in layers.items()}

@@ -65,10 +65,10 @@ class DenseBeside:
         own = Moments.empty(first.in_features, first.weight.device)
         found = {name: TargetMoments.empty(own, layer.out_features) for name, layer in layers.items()}
         tap = next(iter(stage.taps.values()), "")  # the layers of a stage that add, add to one stream
+        inside = stage.names[0].removeprefix(f"{path}.")
         streams = [
-            stream.until(model, model.get_submodule(first_name), model.get_submodule(tap) if tap else None)
-            for first_name in [stage.names[0].removeprefix(f"{path}.")]
-            for stream, model in ((self.dense, dense), (self.own, block))
+            stream.until(part, part.get_submodule(inside), part.get_submodule(tap) if tap else None)
+            for stream, part in ((self.dense, dense), (self.own, block))
         ]
         for (x, before), (x_own, before_own) in zip(*streams, strict=True):
             own.add(x_own)

@@ -194,6 +194,9 @@ def test_two_workers_write_what_one_writes(
         ({"checkpoint.model_name_or_path": "/nowhere"}, "no folder '/nowhere'"),
         ({"max_seq_length": 64}, "not compatible with this model"),
         ({"compress.method": "mimic_gd"}, "Add compress.inputs=dense"),
+        ({"compress.targets": "dens"}, "Did you mean 'dense'"),
+        ({"compress.targets": "dense", "compress.method": "svd_llm"}, "got compress.method=svd_llm. Choose mimic"),
+        ({"compress.targets": "dense", "compress.inputs": "dense"}, "Expected compress.inputs=compressed"),
         ({"compress.match": "[lm_head]"}, "is in none of the model's blocks"),
     ],
 )

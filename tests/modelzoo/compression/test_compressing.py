@@ -90,9 +90,10 @@ def test_better_methods_are_better_in_the_first_block_and_in_the_whole():
     assert logits["mimic"] < logits["svd"]
 
 
-def test_four_workers_find_what_one_finds():
+@pytest.mark.parametrize("targets", ["own", "dense"])
+def test_four_workers_find_what_one_finds(targets):
     _, alone = pair()
-    expected = compress_model(alone, batches(8), keep=0.5, allocation="spectrum")
+    expected = compress_model(alone, batches(8), keep=0.5, allocation="spectrum", targets=targets)
     meet, sums = threading.Barrier(4), {}
 
     def sum_(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,7 +109,12 @@ def test_four_workers_find_what_one_finds():
 
     def work(rank: int) -> None:
         found[rank] = compress_model(
-            models[rank], batches(8)[2 * rank : 2 * rank + 2], keep=0.5, allocation="spectrum", sum_=sum_
+            models[rank],
+            batches(8)[2 * rank : 2 * rank + 2],
+            keep=0.5,
+            allocation="spectrum",
+            targets=targets,
+            sum_=sum_,
         )
 
     threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(4)]
