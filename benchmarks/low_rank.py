@@ -3,16 +3,15 @@
     python benchmarks/low_rank.py out=outputs/low-rank-study jobs=6 minutes=10
     python benchmarks/low_rank.py out=outputs/low-rank-study models=benchmarks/low_rank_model steps=400 tune=40 \
         tokens=16384 length=128 vocabulary=2048 dev_ratio=0.005 jobs=1 optimizer.lr=3e-3 compile.target=eager
-    python benchmarks/low_rank.py out=outputs/low-rank-study report=only
 
 Trains a dense model on the corpus every machine has, compresses it at each share `keep` by each method with each
 allocation, and trains every one of these, and the dense model itself, for the same `tune` further steps on the same
 rows. Settings are train_llm.py's (for all trainings), and those of OWN: `steps` of the dense training (empty: those of
 MODELS) or the `minutes` it is to take, counted from the pace of its first steps; `tune_lr` is the peak of both a linear
 rise and fall; `tokens` of calibration; `input`, `length` of a row, `vocabulary` and `dev_ratio` as prepare_data.py
-takes them; `models` by name or folder. The short trainings are eager: with `spectrum` no two compressed models have
-layers of the same shapes. `jobs` of them run at a time. What is done is not done again, so a stopped study goes on;
-`report=only` shows what is there. `out` gets low-rank.md, low-rank.png, low-rank.json, and a log for each part.
+takes them; `tune_seed` orders the rows; `models` by name or folder. The short trainings are eager: with `spectrum` no
+two compressed models have layers of the same shapes. `jobs` of them run at a time. What is done is not done again, so a
+stopped study goes on; `report=only` shows what is there. `out` gets low-rank.md, .png, .json, and a log for each part.
 """
 
 import csv
@@ -53,6 +52,7 @@ OWN = {
     "minutes": "",
     "tune": "100",
     "tune_lr": "3e-4",
+    "tune_seed": "7",
     "tokens": "65536",
     "input": "corpus",
     "length": "256",
@@ -180,7 +180,7 @@ class Study:
             self.program(log, "apps/compress_llm.py", *given, at_once=self.jobs)
         if not self.is_done(f"{case.name}-tune"):
             start = [f"checkpoint.model_name_or_path={small}", "compile.target=eager"]
-            start += [f"optimizer.lr={self.own['tune_lr']}", "training.seed=7"]
+            start += [f"optimizer.lr={self.own['tune_lr']}", f"training.seed={self.own['tune_seed']}"]
             given = self.training(case.model, self.folder(f"{case.name}-tuned"), int(self.own["tune"]), *start)
             self.program(f"{case.name}-tune", "apps/train_llm.py", "command=run", *given, at_once=self.jobs)
 

@@ -1,0 +1,183 @@
+"""What in a compressed layer helps its short training: variants of svd_llm and mimic on the same rows, seed by seed.
+
+    python benchmarks/low_rank_seeds.py model=outputs/low-rank-study/runs/low_rank_model-dense \
+        dataset=outputs/low-rank-study/dataset length=128 tokens=16384 tune=40 keeps=0.8,0.6,0.4 seeds=7,8,9
+
+One process compresses a dense model by each of `variants` at each of `keeps` (uniform) and trains each for `tune` steps
+of `batch` rows with torch's AdamW (matrices decayed by 0.1, clipped to 1) along benchmarks/low_rank.py's schedule, once
+for each of `seeds`, which order the rows. A line for each: held-out perplexity before, the mean after, and the mean and
+standard deviation over the seeds of its difference to the first variant, on the same rows.
+"""
+
+import copy
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import modelzoo  # noqa: E402
+from apps.training.data.loader import TrainLoader, dev_batches  # noqa: E402
+from apps.training.data.storage import Dataset, open_dataset  # noqa: E402
+from apps.training.loss import make_batch  # noqa: E402
+from modelzoo.compression import METHODS, Factors, Moments, compress, compress_model  # noqa: E402
+from modelzoo.compression.methods import balanced, principal_outputs  # noqa: E402
+
+OWN = {
+    "model": "",
+    "dataset": "",
+    "length": "256",
+    "tokens": "16384",
+    "batch": "8",
+    "tune": "40",
+    "tune_lr": "3e-4",
+    "keeps": "0.8,0.6,0.4",
+    "seeds": "7,8,9",
+    "variants": "svd_llm,mimic,mimic_dense",
+}
+
+
+def with_a_zero_bias(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
+    """svd_llm and a bias to train, which is 0 at first."""
+    factors = compress("svd_llm", weight, bias, moments, rank)
+    zero = weight.new_zeros(len(weight)) if factors.bias is None else factors.bias
+    return Factors(factors.weight_in, factors.weight_out, zero, factors.spectrum)
+
+
+def with_the_best_bias(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
+    """svd_llm's directions with the bias that is best for them."""
+    directions, spectrum = principal_outputs(weight, moments.uncentred, rank)
+    mean = weight @ moments.mean
+    offset = mean - directions @ (directions.t() @ mean)
+    return balanced(directions.t() @ weight, directions, offset if bias is None else bias + offset, spectrum)
+
+
+def without_bias(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
+    """mimic's directions without its bias."""
+    directions, spectrum = principal_outputs(weight, moments.covariance, rank)
+    return balanced(directions.t() @ weight, directions, bias, spectrum)
+
+
+def orthonormal(method: str) -> Callable[[Tensor, Tensor | None, Moments, int], Factors]:
+    """All of the scale in weight_in, none in weight_out."""
+
+    def factors(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
+        found = compress(method, weight, bias, moments, rank)
+        out, mixed = torch.linalg.qr(found.weight_out)
+        return Factors(mixed @ found.weight_in, out, found.bias, found.spectrum)
+
+    return factors
+
+
+def singular(method: str) -> Callable[[Tensor, Tensor | None, Moments, int], Factors]:
+    """The singular vectors of Ŵ, the roots of its singular values in each factor."""
+
+    def factors(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
+        found = compress(method, weight, bias, moments, rank)
+        out, mixed = torch.linalg.qr(found.weight_out)
+        left, values, right = torch.linalg.svd(mixed @ found.weight_in, full_matrices=False)
+        return Factors(
+            values.sqrt()[:, None] * right, out @ left[:, : len(values)] * values.sqrt(), found.bias, found.spectrum
+        )
+
+    return factors
+
+
+VARIANTS = {
+    "svd_llm_zero_bias": with_a_zero_bias,
+    "svd_llm_best_bias": with_the_best_bias,
+    "mimic_no_bias": without_bias,
+    **{f"{method}_orthonormal": orthonormal(method) for method in ("svd_llm", "mimic")},
+    **{f"{method}_singular": singular(method) for method in ("svd_llm", "mimic")},
+}
+
+
+def loss_of(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the cross entropy over the counted positions, and their number."""
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    each = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return (each * mask.flatten()).sum(), mask.sum()
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, dataset: Dataset, batch: int) -> float:
+    model.eval()
+    total = counted = 0.0
+    for rows in dev_batches(dataset, batch):
+        made = make_batch(rows)
+        loss, number = loss_of(model, made.input_ids, made.labels, made.mask)
+        total, counted = total + float(loss), counted + float(number)
+    return math.exp(total / counted)
+
+
+def tuned(model: nn.Module, dataset: Dataset, own: dict[str, str], seed: int, *, freezes_biases: bool) -> float:
+    """Perplexity after the short training of a copy of `model`."""
+    model, steps, peak = copy.deepcopy(model).train(), int(own["tune"]), float(own["tune_lr"])
+    named = [(name, each) for name, each in model.named_parameters() if not (freezes_biases and name.endswith("bias"))]
+    groups = [
+        {"params": [each for _, each in named if each.ndim > 1], "weight_decay": 0.1},
+        {"params": [each for _, each in named if each.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer, warmup = torch.optim.AdamW(groups, lr=peak), max(1, steps // 20)
+    rows = islice(iter(TrainLoader(dataset, batch_size=int(own["batch"]), seed=seed)), steps)
+    for step, each in enumerate(rows, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min(step / warmup, (steps - step) / max(1, steps - warmup) if step > warmup else 1.0)
+        made = make_batch(each)
+        loss, number = loss_of(model, made.input_ids, made.labels, made.mask)
+        optimizer.zero_grad()
+        (loss / number).backward()
+        nn.utils.clip_grad_norm_([each for _, each in named], 1.0)
+        optimizer.step()
+    return perplexity(model, dataset, int(own["batch"]))
+
+
+def compressed(dense: nn.Module, calibration: list[dict[str, object]], variant: str, keep: float) -> nn.Module:
+    model = copy.deepcopy(dense)
+    method = variant.removesuffix("_dense").removesuffix("_frozen")
+    compress_model(model, calibration, method=method, keep=keep, targets="dense" if "_dense" in variant else "own")
+    return model
+
+
+def main() -> None:
+    own = dict(OWN)
+    for argument in sys.argv[1:]:
+        name, _, value = argument.partition("=")
+        if name not in own:
+            raise SystemExit(f"Unknown setting '{name}'. Expected one of: {', '.join(own)}.")
+        own[name] = value
+    METHODS.update(VARIANTS)
+    config = modelzoo.load_config(model_name_or_path=own["model"])
+    dense = modelzoo.load_model(own["model"], config, dtype="float32").eval()
+    batch, length = int(own["batch"]), int(own["length"])
+    dataset = open_dataset(
+        Path(own["dataset"]), max_seq_length=length, vocab_size=config.vocab_size, batch_size=batch, evaluate=True
+    )
+    rows = islice(iter(TrainLoader(dataset, batch_size=batch, seed=42)), math.ceil(int(own["tokens"]) / batch / length))
+    calibration = [{"input_ids": make_batch(each).input_ids, "use_cache": False} for each in rows]
+    print(f"dense {perplexity(dense, dataset, batch):.3f}", flush=True)
+    for keep in own["keeps"].split(","):
+        first: list[float] = []
+        for variant in own["variants"].split(","):
+            model = compressed(dense, calibration, variant, float(keep))
+            frozen = variant.endswith("_frozen")
+            after = [tuned(model, dataset, own, int(seed), freezes_biases=frozen) for seed in own["seeds"].split(",")]
+            first = first or after
+            paired = [one - other for one, other in zip(after, first, strict=True)]
+            spread = statistics.stdev(paired) if len(paired) > 1 else 0.0
+            print(
+                f"keep {keep} {variant:20s} before {perplexity(model, dataset, batch):.3f}, after "
+                f"{statistics.mean(after):.3f}, against the first {statistics.mean(paired):+.3f} ± {spread:.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
