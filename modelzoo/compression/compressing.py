@@ -84,7 +84,8 @@ def compress_model(
         ready = {} if learned is None else learned(layers, {name: rank for name, rank in chosen.items() if rank})
         stream = BlockInputs(model, next(iter(blocks.values())), batches)
         reports = []
-        beside = DenseBeside(stream) if targets == "dense" else None
+        widths = {name: shape.in_features for name, shape in shapes.items()}
+        beside = DenseBeside(stream, widths, sum_) if targets == "dense" else None
         for path, block in blocks.items():
             mine = linears_of(block, path, tuple(shapes))
             if beside is not None:

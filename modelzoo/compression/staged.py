@@ -35,7 +35,9 @@ class Stage:
 class DenseBeside:
     """The calibration data in front of a block, as the dense model gives it and as the compressed one does."""
 
-    def __init__(self, own: BlockInputs) -> None:
+    def __init__(self, own: BlockInputs, features: Mapping[str, int], sum_: Sum) -> None:
+        """`features`: the width of each layer's input. UserError where a layer has no fewer of them than tokens."""
+        _require_tokens(own, features, sum_)
         self.own, self.dense = own, own.copy()
 
     def targets(
@@ -44,7 +46,7 @@ class DenseBeside:
         """Each layer's name and moments, in the order of computation; then both are advanced.
 
         Whoever takes one compresses the layer in `block` before taking the next. UserError naming a layer that is given
-        nothing, numbers that are not finite, or fewer tokens than it has features.
+        nothing, or numbers that are not finite.
         """
         dense = copy.deepcopy(block)
         for stage in stages_of(self.own, block, layers):
@@ -153,9 +155,15 @@ def _check(name: str, targets: TargetMoments) -> None:
             f"The inputs of layer '{name}' are not finite on the calibration data. Compress a model that computes "
             "them, perhaps in float32."
         )
-    features = len(targets.own.total)
-    if targets.own.count <= features:
+
+
+def _require_tokens(inputs: BlockInputs, features: Mapping[str, int], sum_: Sum) -> None:
+    # before the first layer is replaced; all of them are given each token once
+    mine = sum(each[..., 0].numel() for each in inputs.hidden_states)
+    tokens = int(sum_(torch.tensor(mine, device=inputs.hidden_states[0].device)))
+    widest = max(features, key=lambda name: features[name])
+    if tokens <= features[widest]:
         raise UserError(
-            f"targets=dense fits layer '{name}' of {features} features to {targets.own.count} tokens. Expected more "
+            f"targets=dense fits layer '{widest}' of {features[widest]} features to {tokens} tokens. Expected more "
             "tokens than features, better 20 times as many: give more, or use targets=own."
         )

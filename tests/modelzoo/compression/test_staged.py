@@ -93,4 +93,6 @@ def test_mistakes_are_named_and_leave_the_model_as_it_was():
     refused("got method='svd' and inputs='compressed'", targets="dense", method="svd")
     refused("got method='mimic' and inputs='dense'", targets="dense", inputs="dense")
     short = [{"input_ids": torch.arange(20)[None], "use_cache": False}]
-    refused("of 32 features to 20 tokens", targets="dense", data=short)
+    refused("mlp.down_proj' of 44 features to 20 tokens", targets="dense", data=short)
+    enough_for_most = [{"input_ids": torch.arange(40)[None], "use_cache": False}]  # not for the widest of each block
+    refused("mlp.down_proj' of 44 features to 40 tokens", targets="dense", data=enough_for_most)
