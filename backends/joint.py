@@ -38,17 +38,17 @@ def may_be_one_product(layers: Sequence[BackendLinear]) -> bool:
 
 
 def joined_kinds(layer: BackendLinear) -> dict[str, str]:
-    """Which of a layer's parameters are given together as `joint_weight` and `joint_bias`: kind → parameter's name."""
+    """Which of a layer's parameters can be part of `joint_weight` and `joint_bias`: kind → parameter's name."""
     if layer.stored is not None:
-        assert layer.backend.input_matrix is not None
-        return {"weight": layer.backend.input_matrix}
+        matrix = layer.backend.input_matrix
+        return {} if matrix is None else {"weight": matrix}
     return {kind: kind for kind in ("weight", "bias") if getattr(layer, kind) is not None}
 
 
 def _kind(layer: BackendLinear) -> tuple[object, ...]:
     backend: object = layer.backend if layer.stored is None else type(layer.backend)
-    taken = {} if layer.stored is not None and layer.backend.input_matrix is None else joined_kinds(layer)
-    tensors = [(kind, getattr(layer, name).dtype, getattr(layer, name).requires_grad) for kind, name in taken.items()]
+    taken = {kind: getattr(layer, name) for kind, name in joined_kinds(layer).items()}
+    tensors = [(kind, each.dtype, each.requires_grad) for kind, each in taken.items()]
     return type(layer), layer.stored is None, backend, layer.compute_dtype, layer.in_features, tensors
 
 

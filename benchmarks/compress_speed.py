@@ -11,10 +11,14 @@ memory beside what the model itself takes.
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from apps.training.cli import run_main  # noqa: E402
+from benchmarks.own_settings import own_settings  # noqa: E402
 
 OWN = {
     "config_name": "tinyllama-1.1b",
@@ -30,13 +34,8 @@ OWN = {
 }
 
 
-def main() -> None:
-    own = dict(OWN)
-    for argument in sys.argv[1:]:
-        name, _, value = argument.partition("=")
-        if name not in own:
-            raise SystemExit(f"Unknown setting '{name}'. Expected one of: {', '.join(own)}.")
-        own[name] = value
+def program(argv: Sequence[str]) -> None:
+    own = own_settings(OWN, argv)
 
     import torch
 
@@ -92,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(program))

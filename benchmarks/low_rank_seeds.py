@@ -13,7 +13,7 @@ import copy
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -24,9 +24,12 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import modelzoo  # noqa: E402
+from apps.training.cli import run_main  # noqa: E402
 from apps.training.data.loader import TrainLoader, dev_batches  # noqa: E402
 from apps.training.data.storage import Dataset, open_dataset  # noqa: E402
 from apps.training.loss import make_batch  # noqa: E402
+from backends.errors import UserError  # noqa: E402
+from benchmarks.own_settings import own_settings  # noqa: E402
 from modelzoo.compression import METHODS, Factors, Moments, compress, compress_model  # noqa: E402
 from modelzoo.compression.methods import balanced, principal_outputs  # noqa: E402
 
@@ -146,13 +149,11 @@ def compressed(dense: nn.Module, calibration: list[dict[str, object]], variant: 
     return model
 
 
-def main() -> None:
-    own = dict(OWN)
-    for argument in sys.argv[1:]:
-        name, _, value = argument.partition("=")
-        if name not in own:
-            raise SystemExit(f"Unknown setting '{name}'. Expected one of: {', '.join(own)}.")
-        own[name] = value
+def program(argv: Sequence[str]) -> None:
+    own = own_settings(OWN, argv)
+    for name in ("model", "dataset"):
+        if not own[name]:
+            raise UserError(f"{name} is not given. Expected {name}=DIR, see the first lines of this file.")
     METHODS.update(VARIANTS)
     config = modelzoo.load_config(model_name_or_path=own["model"])
     dense = modelzoo.load_model(own["model"], config, dtype="float32").eval()
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_main(program))

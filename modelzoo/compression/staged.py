@@ -75,10 +75,12 @@ class DenseBeside:
         for (x, before), (x_own, before_own) in zip(*streams, strict=True):
             own.add(x_own)
             wide = torch.promote_types(x.dtype, torch.float32) if x.is_cuda else torch.float64
-            drift, lacking = x.to(wide) - x_own.to(wide), before.to(wide) - before_own.to(wide)
+            drift = x.to(wide) - x_own.to(wide)
             for name, layer in layers.items():
                 wanted = drift @ layer.weight.detach().to(wide).t()
-                found[name].add(x_own, wanted + lacking if name in stage.taps else wanted)
+                if name in stage.taps:
+                    wanted += before.to(wide) - before_own.to(wide)
+                found[name].add(x_own, wanted)
         return found
 
 

@@ -92,6 +92,33 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
     assert found.keys() == {f"{tiny_shape.name}-dense", name}
     assert all(100 < value < 400 for figures in found.values() for value in figures.values())  # 300 tokens
 
+    command = [sys.executable, "benchmarks/low_rank_seeds.py", f"dataset={tmp_path}/study/dataset", "length=32"]
+    command += [f"model={tmp_path}/study/runs/{tiny_shape.name}-dense", "tokens=256", "batch=4", "tune=2", "keeps=0.5"]
+    command += ["seeds=1,2", "variants=svd_llm,mimic_dense,mimic_frozen,svd_llm_singular"]
+    seeds = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True)
+    dense, *variants = (line.split() for line in seeds.stdout.splitlines())
+    assert float(dense[1]) == pytest.approx(found[f"{tiny_shape.name}-dense"]["before"], rel=1e-3)
+    assert [line[2] for line in variants] == ["svd_llm", "mimic_dense", "mimic_frozen", "svd_llm_singular"]
+    assert variants[0][-3:] == ["+0.000", "±", "0.000"]  # against itself
+    assert variants[3][4] == variants[0][4]  # the same product of other factors
+
+
+@pytest.mark.parametrize(
+    ("script", "given", "told"),
+    [
+        ("low_rank_seeds", ["modle=x"], "Unknown setting 'modle'. Did you mean 'model'?"),
+        ("low_rank_seeds", ["model=x"], "dataset is not given. Expected dataset=DIR"),
+        ("compress_speed", ["rows"], "Setting rows has no value. Expected rows=VALUE."),
+    ],
+)
+def test_a_mistake_in_a_benchmarks_settings_is_one_line(script: str, given: list[str], told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {told}")
+    assert done.stderr.count("\n") == 1
+
 
 @pytest.mark.slow
 def test_the_time_of_a_compression_is_told(tiny_shape: Path) -> None:
