@@ -19,6 +19,6 @@ def rank_after(rank: int) -> int:
     """The next rank that is chosen: from 64 on they are multiples of 8.
 
     A GPU reads 16 bytes at a time: of rank 750 the rows of 16-bit factors begin between two such, and its matrix
-    products copy them or take twice as long.
+    products copy them or take a slower way.
     """
     return rank + (1 if rank < _IN_STEPS_FROM else _STEP)
