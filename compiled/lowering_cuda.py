@@ -28,8 +28,10 @@ def lower_cuda(
         # One run lets every kernel choose among its launch configurations; compiled again (from the cache, in no time),
         # the bundle holds the choices too, and a training run neither tries them anew nor may choose differently.
         if not _try(graph, inputs, device_turns):
-            stack.enter_context(config.patch(shape_padding=False))
-            _try(graph, inputs, device_turns)
+            # Both ways of padding: a product's matrices, and the rows of any buffer that a result may be a view of.
+            stack.enter_context(config.patch(shape_padding=False, comprehensive_padding=False))
+            fits = _try(graph, inputs, device_turns)
+            assert fits, "a region's results lie otherwise than its graph says, though nothing is padded"
         compiled: Any = standalone_compile(graph, list(inputs), dynamic_shapes="from_example_inputs")
     compiled.save(path=str(path), format="binary")
 

@@ -1,6 +1,7 @@
 """Results keep their strides where the compiler pads products; on a CPU it never does, so that it is told to."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +80,24 @@ def test_results_are_compared_with_what_the_graph_says() -> None:
     dense, slices = torch.empty(32, 24), torch.empty(32, 32)[:, :24]
     assert has_strides_of(graph, [dense, torch.empty(3)])  # an expanded number may be written out
     assert not has_strides_of(graph, [slices, torch.empty(3)])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_columns_of_a_product_keep_their_strides_on_a_gpu(tmp_path: Path) -> None:
+    """1488 columns in bfloat16, as of two ranks of 744: the compiler would give the buffer rows of 1536."""
+
+    def columns(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (x @ weight.T).split([744, 744], -1)
+
+    with lowering.fake_mode():
+        shapes = ((1024, 2048), (1488, 2048))
+        inputs = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    with lowering.quiet_torch():
+        lowering.lower(lowering.trace(columns, inputs), inputs, "cuda", tmp_path / "region")
+    generator = torch.Generator("cuda").manual_seed(0)
+    given = [torch.randn(each.shape, device="cuda", dtype=each.dtype, generator=generator) for each in inputs]
+    found = lowering.load(tmp_path / "region", "cuda")(list(given))
+    for ours, exact in zip(found, columns(*(each.double() for each in given)), strict=True):
+        assert ours.stride() == (1488, 1)
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-2, atol=0.5)
