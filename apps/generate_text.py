@@ -101,6 +101,8 @@ def continue_text(model: Any, tokenizer: Any, settings: GenerateSettings) -> tup
             streamer=TokenCounter(progress),
             **sampling(settings),
             use_cache=True,  # a training config may have it off
+            # On a GPU keys and values of fixed size, so that a token's kernels are launched as one.
+            cache_implementation="static" if model.device.type == "cuda" else None,
             max_new_tokens=settings.max_new_tokens,
             eos_token_id=end_tokens(model, tokenizer),
             pad_token_id=tokenizer.pad_token_id,

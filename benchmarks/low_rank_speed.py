@@ -6,10 +6,10 @@
         training.batch_size=2 model.max_seq_length=64
 
 Settings are train_llm.py's, and those of OWN. Random weights and tokens: the two models compile their steps, then take
-`steps` steps in turns. Generation is greedy, from a key-value cache, kernel by kernel: `batches` prompts of `prompt`
-tokens at a time, `new_tokens` each; reading the prompts and a token's mean time behind them are told apart. A JSON line
-for each model, and one of ratios: `gain` is dense seconds by low-rank seconds, `of_flops` that gain by the ratio of
-FLOPs (1: all that was saved).
+`steps` steps in turns. Generation is greedy, from a key-value cache of fixed size: `batches` prompts of `prompt` tokens
+at a time, read kernel by kernel, then `new_tokens` each, replayed as one recording on a GPU; the two are told apart. A
+JSON line for each model, and one of ratios: `gain` is dense seconds by low-rank seconds, `of_flops` that gain by the
+ratio of FLOPs (1: all that was saved).
 """
 
 import json
@@ -131,6 +131,7 @@ def generation(model: Any, size: int, prompt: int, new_tokens: int) -> dict[str,
                 min_new_tokens=count,
                 do_sample=False,
                 pad_token_id=0,
+                cache_implementation="static",
             ),
             lambda: wait(device),
         )

@@ -6,6 +6,7 @@ It loads and saves plain Hugging Face checkpoints, works with `generate()` and T
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.generation import CompileConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -29,6 +31,7 @@ from modelzoo.llama_block import (
     make_linear,
 )
 from modelzoo.llama_config import ZooLlamaConfig
+from modelzoo.recorded_decoding import RecordedDecoding
 from modelzoo.rotary import rotary_tables
 from modelzoo.stages import Stages
 
@@ -177,6 +180,18 @@ class ZooLlamaForCausalLM(ZooLlamaPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., CausalLMOutputWithPast]:
+        """What `generate()` calls for each token behind the prompt, on a GPU with a static cache: a recorded forward.
+
+        transformers would compile one, which takes longer than most texts. Who asks for it with a `compile_config`
+        gets it.
+        """
+        if compile_config is not None:
+            compiled: Callable[..., CausalLMOutputWithPast] = super().get_compiled_call(compile_config)
+            return compiled
+        # Dynamic scaling has other tables for each length, made from a number that has to be read from the device.
+        return self.__call__ if self.config.rope_parameters["rope_type"] == "dynamic" else RecordedDecoding(self)
 
     @property
     def precision(self) -> PrecisionPolicy:

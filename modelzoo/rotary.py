@@ -3,16 +3,18 @@
 RoFormer (arXiv 2104.09864, section 3.4.2), with the scalings that Llama checkpoints name in `rope_parameters`. Scaled
 frequencies come from transformers' own functions; only "default" has none there.
 
-Nothing is cached: transformers keeps the dynamic scaling's frequencies from call to call, so that the result of a short
+No table is kept: transformers keeps the dynamic scaling's frequencies from call to call, so that the result of a short
 sequence there depends on whether a longer one came before. Here it depends on the sequence alone.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -48,10 +50,22 @@ def rotary_tables(
     if seq_len is None:
         dynamic = config.rope_parameters["rope_type"] == "dynamic"
         seq_len = int(position_ids.max()) + 1 if dynamic else position_ids.shape[-1]
-    frequencies = inverse_frequencies(config, seq_len).to(position_ids.device)
+    frequencies = _on_device(inverse_frequencies(config, seq_len), position_ids.device)
     angles = position_ids[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _on_device(frequencies: Tensor, device: torch.device) -> Tensor:
+    """`frequencies` on `device`; a GPU is sent equal ones once: within a recording of a CUDA graph it cannot be."""
+    if device.type != "cuda" or isinstance(frequencies, FakeTensor) or torch.compiler.is_compiling():
+        return frequencies.to(device)
+    return _sent(frequencies.numpy().tobytes(), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _sent(content: bytes, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.float32).to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
