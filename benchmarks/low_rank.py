@@ -10,8 +10,10 @@ rows. Settings are train_llm.py's (for all trainings), and those of OWN: `steps`
 MODELS) or the `minutes` it is to take, counted from the pace of its first steps; `tune_lr` is the peak of both a linear
 rise and fall; `tokens` of calibration; `input`, `length` of a row, `vocabulary` and `dev_ratio` as prepare_data.py
 takes them; `tune_seed` orders the rows; `models` by name or folder. The short trainings are eager: with `spectrum` no
-two compressed models have layers of the same shapes. `jobs` of them run at a time. What is done is not done again, so a
-stopped study goes on; `report=only` shows what is there. `out` gets low-rank.md, .png, .json, and a log for each part.
+two compressed models have layers of the same shapes. `jobs` of them run at a time, on `gpus` of the machine's in turn;
+`launcher="torchrun --no-python --nproc-per-node 2"` trains the dense model with as many workers. What is done is not
+done again, so a stopped study goes on; `report=only` shows what is there. `out` gets low-rank.md, .png, .json, and a
+log for each part.
 """
 
 import csv
@@ -19,6 +21,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -26,6 +29,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +48,8 @@ ALLOCATIONS = ("uniform", "spectrum")
 OWN = {
     "out": "outputs/low-rank-study",
     "jobs": "2",
+    "gpus": "1",
+    "launcher": "",
     "models": ",".join(MODELS),
     "keeps": "0.8,0.6,0.4",
     "methods": ",".join(METHODS),
@@ -61,9 +67,6 @@ OWN = {
     "report": "after",
 }
 PACE_STEPS = 30
-COLOURS = dict(
-    zip((*METHODS, "dense"), ("#9db7d9", "#e08e0b", "#7b4fa3", "#d1495b", "#2a9d4a", "#6b7280"), strict=True)
-)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,9 @@ class Study:
         ]
         return [Case(model), *compressed]
 
-    def program(self, log: str, script: str, *arguments: str, at_once: int = 1) -> None:
+    def program(
+        self, log: str, script: str, *arguments: str, at_once: int = 1, gpu: int | None = None, launcher: str = ""
+    ) -> None:
         """Run a script to its end, one of `at_once` that share the cores; the log appears when it has ended well."""
         path = self.out / "logs" / f"{log}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +119,10 @@ class Study:
         threads = {name: str(max(1, cores // at_once)) for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
         started, partial = time.monotonic(), path.with_suffix(".running")
         with partial.open("w") as file:
-            command = [sys.executable, script, *arguments]
-            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=os.environ | threads)
+            command = [*shlex.split(launcher), sys.executable, script, *arguments]
+            devices = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+            environment = os.environ | threads | devices
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment)
         partial.replace(path if done.returncode == 0 else path.with_suffix(".failed"))
         outcome = "done  " if done.returncode == 0 else "FAILED"
         print(f"{outcome} {log}, {time.monotonic() - started:.0f} s", flush=True)
@@ -138,7 +145,8 @@ class Study:
             self.train_dense(model)
         cases = [case for model in self.models for case in self.cases(model)]
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.compress_and_tune, cases))
+            gpus = cycle(range(int(self.own["gpus"])) if self.own["gpus"] != "1" else (None,))
+            list(pool.map(self.compress_and_tune, cases, gpus))
 
     def training(self, model: str, output: Path, steps: int, *more: str) -> list[str]:
         given = [*MODELS.get(model, OTHER_MODELS)[0], f"model.max_seq_length={self.own['length']}", "logging.every=100"]
@@ -161,12 +169,12 @@ class Study:
         if self.own["minutes"]:
             pace = self.folder(f"{dense}-pace")
             given = self.training(model, pace, PACE_STEPS, start, "training.evaluate=false")
-            self.program(f"{dense}-pace", "apps/train_llm.py", "command=run", *given)
+            self.program(f"{dense}-pace", "apps/train_llm.py", "command=run", *given, launcher=self.own["launcher"])
             steps = math.ceil(60 * float(self.own["minutes"]) / seconds_of_a_step(pace))
         given = self.training(model, self.folder(dense), steps, start)
-        self.program(dense, "apps/train_llm.py", "command=run", *given)
+        self.program(dense, "apps/train_llm.py", "command=run", *given, launcher=self.own["launcher"])
 
-    def compress_and_tune(self, case: Case) -> None:
+    def compress_and_tune(self, case: Case, gpu: int | None) -> None:
         dense = self.folder(Case(case.model).name)
         small = dense if case.method == "dense" else self.folder(f"{case.name}-small")
         log = f"{case.name}-compress"
@@ -177,12 +185,12 @@ class Study:
             given += [f"compress.targets={'dense' if targets else 'own'}", f"compress.allocation={case.allocation}"]
             given += [f"compress.keep={case.keep}", f"compress.calibration={self.out}/dataset"]
             given += [f"compress.tokens={self.own['tokens']}", f"max_seq_length={self.own['length']}"]
-            self.program(log, "apps/compress_llm.py", *given, at_once=self.jobs)
+            self.program(log, "apps/compress_llm.py", *given, at_once=self.jobs, gpu=gpu)
         if not self.is_done(f"{case.name}-tune"):
             start = [f"checkpoint.model_name_or_path={small}", "compile.target=eager"]
             start += [f"optimizer.lr={self.own['tune_lr']}", f"training.seed={self.own['tune_seed']}"]
             given = self.training(case.model, self.folder(f"{case.name}-tuned"), int(self.own["tune"]), *start)
-            self.program(f"{case.name}-tune", "apps/train_llm.py", "command=run", *given, at_once=self.jobs)
+            self.program(f"{case.name}-tune", "apps/train_llm.py", "command=run", *given, at_once=self.jobs, gpu=gpu)
 
     def folder(self, name: str) -> Path:
         return self.out / "runs" / name
@@ -206,75 +214,6 @@ def evaluated(log: str) -> float | None:
     return float(found[-1]) if found else None
 
 
-def table(study: Study, model: str) -> str:
-    """Markdown: a method and an allocation a row, the lowest figure of each column in bold; what mimic lost, below."""
-    found = {case: study.figures(case) for case in study.cases(model)}
-    dense = found[Case(model)]
-    heads = [f"keep {keep}{when}" for keep in study.keeps for when in (", before", ", after")]
-    lines = [f"| method | allocation | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
-    cells: dict[tuple[str, str], list[float | None]] = {
-        (method, allocation): [
-            value for keep in study.keeps for value in asdict(found[Case(model, method, allocation, keep)]).values()
-        ]
-        for method in study.methods
-        for allocation in study.allocations
-    }
-    columns = list(zip(*cells.values(), strict=True))
-    lowest = [min((value for value in column if value is not None), default=None) for column in columns]
-    for (method, allocation), values in cells.items():
-        shown_values = [shown(value, value == low) for value, low in zip(values, lowest, strict=True)]
-        lines.append(f"| {method} | {allocation} | {' | '.join(shown_values)} |")
-    lines += ["", f"Dense: {shown(dense.before)}; after the same tuning: {shown(dense.after)}."]
-    lost = []
-    for head, low, column in zip(heads, lowest, columns, strict=True):
-        winner = next((key for key, value in zip(cells, column, strict=True) if value == low and low is not None), None)
-        if winner is not None and not winner[0].startswith("mimic"):
-            lost.append(f"{head} ({' '.join(winner)})")
-    return "\n".join(lines + ([f"Not lowest with mimic: {', '.join(lost)}."] if lost else []))
-
-
-def shown(value: float | None, is_lowest: bool = False) -> str:
-    if value is None:
-        return "–"
-    text = f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
-    return f"**{text}**" if is_lowest else text
-
-
-def picture(study: Study, path: Path) -> None:
-    """Perplexity against the share kept, a panel for each model, before and after."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(
-        len(study.models), 2, figsize=(11, 4.2 * len(study.models)), squeeze=False, sharey="row"
-    )
-    for model, row in zip(study.models, panels, strict=True):
-        for when, axes in zip(("before", "after"), row, strict=True):
-            for method in study.methods:
-                for allocation in study.allocations:
-                    cases = [Case(model, method, allocation, keep) for keep in study.keeps]
-                    points = [(float(case.keep), getattr(study.figures(case), when)) for case in cases]
-                    points = [(keep, value) for keep, value in points if value is not None]
-                    if points:
-                        style = "-" if allocation == "spectrum" else ":"
-                        label = f"{method}, {allocation}"
-                        axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[method], label=label)
-            dense = getattr(study.figures(Case(model)), when)
-            if dense is not None:
-                axes.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
-            title = f"{Path(model).name}, {when} the short training"
-            axes.set(title=title, xlabel="share of the blocks' numbers kept", ylabel="held-out perplexity")
-            seen = [value for line in axes.get_lines() for value in line.get_ydata()]
-            axes.set_yscale("log" if seen and max(seen) > 3 * min(seen) else "linear")
-            axes.grid(alpha=0.25, which="both")
-            axes.spines[["top", "right"]].set_visible(False)
-        row[1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-
-
 def main() -> None:
     own, settings = dict(OWN), []
     for argument in sys.argv[1:]:
@@ -288,6 +227,8 @@ def main() -> None:
     study.out.mkdir(parents=True, exist_ok=True)
     if own["report"] != "only":
         study.carry_out()
+    from benchmarks.low_rank_report import picture, table
+
     text = "\n\n".join(f"**{Path(model).name}**\n\n{table(study, model)}" for model in study.models) + "\n"
     (study.out / "low-rank.md").write_text(text, encoding="utf-8")
     results = {case.name: asdict(study.figures(case)) for model in study.models for case in study.cases(model)}

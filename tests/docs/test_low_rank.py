@@ -12,7 +12,7 @@ import pytest
 
 from apps.compression.settings import CompressSettings
 from apps.training.config import parse, parse_dataclass
-from benchmarks import low_rank
+from benchmarks import low_rank, low_rank_report
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(
@@ -62,7 +62,7 @@ def study_of(folder: Path, perplexities: dict[str, tuple[float, float]]) -> low_
 def test_the_table_marks_the_lowest_and_says_what_was_lost(tmp_path: Path) -> None:
     figures = {"demo-dense": (10.0, 9.0), "demo-svd-uniform-0.6": (5e4, 40.0), "demo-svd-spectrum-0.6": (30.0, 11.0)}
     figures |= {"demo-mimic-uniform-0.6": (12.5, 11.5)}
-    lines = low_rank.table(study_of(tmp_path / "study", figures), "demo").splitlines()
+    lines = low_rank_report.table(study_of(tmp_path / "study", figures), "demo").splitlines()
     assert lines[2:6] == [
         "| svd | uniform | 5.0e+04 | 40.00 |",
         "| svd | spectrum | 30.00 | **11.00** |",

@@ -1,0 +1,79 @@
+"""What a study of `low_rank.py` found, as a table and a picture."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks.low_rank import METHODS, Case, Study
+
+COLOURS = dict(
+    zip((*METHODS, "dense"), ("#9db7d9", "#e08e0b", "#7b4fa3", "#d1495b", "#2a9d4a", "#6b7280"), strict=True)
+)
+
+
+def table(study: Study, model: str) -> str:
+    """Markdown: a method and an allocation a row, the lowest figure of each column in bold; what mimic lost, below."""
+    found = {case: study.figures(case) for case in study.cases(model)}
+    dense = found[Case(model)]
+    heads = [f"keep {keep}{when}" for keep in study.keeps for when in (", before", ", after")]
+    lines = [f"| method | allocation | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    cells: dict[tuple[str, str], list[float | None]] = {
+        (method, allocation): [
+            value for keep in study.keeps for value in asdict(found[Case(model, method, allocation, keep)]).values()
+        ]
+        for method in study.methods
+        for allocation in study.allocations
+    }
+    columns = list(zip(*cells.values(), strict=True))
+    lowest = [min((value for value in column if value is not None), default=None) for column in columns]
+    for (method, allocation), values in cells.items():
+        shown_values = [shown(value, value == low) for value, low in zip(values, lowest, strict=True)]
+        lines.append(f"| {method} | {allocation} | {' | '.join(shown_values)} |")
+    lines += ["", f"Dense: {shown(dense.before)}; after the same tuning: {shown(dense.after)}."]
+    lost = []
+    for head, low, column in zip(heads, lowest, columns, strict=True):
+        winner = next((key for key, value in zip(cells, column, strict=True) if value == low and low is not None), None)
+        if winner is not None and not winner[0].startswith("mimic"):
+            lost.append(f"{head} ({' '.join(winner)})")
+    return "\n".join(lines + ([f"Not lowest with mimic: {', '.join(lost)}."] if lost else []))
+
+
+def shown(value: float | None, is_lowest: bool = False) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.2f}" if value < 1e4 else f"{value:.1e}"
+    return f"**{text}**" if is_lowest else text
+
+
+def picture(study: Study, path: Path) -> None:
+    """Perplexity against the share kept, a panel for each model, before and after."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        len(study.models), 2, figsize=(11, 4.2 * len(study.models)), squeeze=False, sharey="row"
+    )
+    for model, row in zip(study.models, panels, strict=True):
+        for when, axes in zip(("before", "after"), row, strict=True):
+            for method in study.methods:
+                for allocation in study.allocations:
+                    cases = [Case(model, method, allocation, keep) for keep in study.keeps]
+                    points = [(float(case.keep), getattr(study.figures(case), when)) for case in cases]
+                    points = [(keep, value) for keep, value in points if value is not None]
+                    if points:
+                        style = "-" if allocation == "spectrum" else ":"
+                        label = f"{method}, {allocation}"
+                        axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[method], label=label)
+            dense = getattr(study.figures(Case(model)), when)
+            if dense is not None:
+                axes.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
+            title = f"{Path(model).name}, {when} the short training"
+            axes.set(title=title, xlabel="share of the blocks' numbers kept", ylabel="held-out perplexity")
+            seen = [value for line in axes.get_lines() for value in line.get_ydata()]
+            axes.set_yscale("log" if seen and max(seen) > 3 * min(seen) else "linear")
+            axes.grid(alpha=0.25, which="both")
+            axes.spines[["top", "right"]].set_visible(False)
+        row[1].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, bbox_inches="tight")
