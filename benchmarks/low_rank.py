@@ -143,6 +143,10 @@ class Study:
             self.program("prepare", "apps/prepare_data.py", *data)
         for model in self.models:
             self.train_dense(model)
+            if not self.is_done(Case(model).name):
+                sys.exit(
+                    f"error: The dense {model} was not trained. Its log: {self.out}/logs/{Case(model).name}.failed"
+                )
         cases = [case for model in self.models for case in self.cases(model)]
         with ThreadPoolExecutor(self.jobs) as pool:
             gpus = cycle(range(int(self.own["gpus"])) if self.own["gpus"] != "1" else (None,))

@@ -1,25 +1,37 @@
 """What a study of `low_rank.py` found, as a table and a picture."""
 
-from dataclasses import asdict
+from __future__ import annotations
+
+from dataclasses import astuple
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from benchmarks.low_rank import METHODS, Case, Study
+if TYPE_CHECKING:
+    from benchmarks.low_rank import Figures, Study
 
-COLOURS = dict(
-    zip((*METHODS, "dense"), ("#9db7d9", "#e08e0b", "#7b4fa3", "#d1495b", "#2a9d4a", "#6b7280"), strict=True)
-)
+COLOURS = {
+    "svd": "#9db7d9",
+    "asvd": "#e08e0b",
+    "svd_llm": "#7b4fa3",
+    "mimic": "#d1495b",
+    "mimic_dense": "#2a9d4a",
+    "dense": "#6b7280",
+}
+
+
+def figures(study: Study, model: str) -> dict[tuple[str, str, str], Figures]:
+    """(method, allocation, keep) → what was found; the dense model is ("dense", "", "")."""
+    return {(case.method, case.allocation, case.keep): study.figures(case) for case in study.cases(model)}
 
 
 def table(study: Study, model: str) -> str:
     """Markdown: a method and an allocation a row, the lowest figure of each column in bold; what mimic lost, below."""
-    found = {case: study.figures(case) for case in study.cases(model)}
-    dense = found[Case(model)]
+    found = figures(study, model)
+    dense = found["dense", "", ""]
     heads = [f"keep {keep}{when}" for keep in study.keeps for when in (", before", ", after")]
     lines = [f"| method | allocation | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     cells: dict[tuple[str, str], list[float | None]] = {
-        (method, allocation): [
-            value for keep in study.keeps for value in asdict(found[Case(model, method, allocation, keep)]).values()
-        ]
+        (method, allocation): [value for keep in study.keeps for value in astuple(found[method, allocation, keep])]
         for method in study.methods
         for allocation in study.allocations
     }
@@ -55,17 +67,17 @@ def picture(study: Study, path: Path) -> None:
         len(study.models), 2, figsize=(11, 4.2 * len(study.models)), squeeze=False, sharey="row"
     )
     for model, row in zip(study.models, panels, strict=True):
+        found = figures(study, model)
         for when, axes in zip(("before", "after"), row, strict=True):
             for method in study.methods:
                 for allocation in study.allocations:
-                    cases = [Case(model, method, allocation, keep) for keep in study.keeps]
-                    points = [(float(case.keep), getattr(study.figures(case), when)) for case in cases]
+                    points = [(float(keep), getattr(found[method, allocation, keep], when)) for keep in study.keeps]
                     points = [(keep, value) for keep, value in points if value is not None]
                     if points:
                         style = "-" if allocation == "spectrum" else ":"
                         label = f"{method}, {allocation}"
                         axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[method], label=label)
-            dense = getattr(study.figures(Case(model)), when)
+            dense = getattr(found["dense", "", ""], when)
             if dense is not None:
                 axes.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
             title = f"{Path(model).name}, {when} the short training"
