@@ -76,25 +76,38 @@ def _call(graph: GraphModule, target: Any, *arguments: Any, **options: Any) -> N
 
 @contextlib.contextmanager
 def any_weight() -> Iterator[None]:
-    """Let a oneDNN linear take a weight that is computed and lies in any order; Inductor's own takes constants only."""
-    from torch._inductor import ir
+    """Let oneDNN linears take a weight that is computed and lies in any order; Inductor's own takes constants only.
+
+    Inductor may have made one call of a product and an activation or a sum behind it, as of a head's chunks.
+    """
     from torch._inductor.lowering import lowerings
-    from torch._inductor.mkldnn_ir import LinearUnary
+    from torch._inductor.mkldnn_ir import LinearBinary, LinearUnary
 
-    def linear(x: Any, weight: Any, *_: Any) -> Any:
-        x = LinearUnary.require_contiguous(LinearUnary.realize_input(x))
-        weight = LinearUnary.realize_input(weight)
-        size = [x.get_size()[0], weight.get_size()[0]]
-        layout = ir.FixedLayout(x.get_device(), x.get_dtype(), size)
-        options = [None, "none", [-1], ""]  # bias, epilogue and its settings
-        return ir.TensorBox.create(LinearUnary(layout, [x, weight], options))
+    def linear(x: Any, weight: Any, bias: None, activation: str, numbers: Any, algorithm: str) -> Any:
+        assert bias is None, "give_to_onednn adds a bias behind the product"
+        return _external(LinearUnary, [x], weight, [None, activation, numbers or [-1], algorithm])
 
-    before = lowerings[_LINEAR]
-    lowerings[_LINEAR] = linear
+    def linear_and_sum(x: Any, other: Any, weight: Any, bias: None, operation: str) -> Any:
+        assert bias is None, "give_to_onednn adds a bias behind the product"
+        return _external(LinearBinary, [x, other], weight, [None, operation])
+
+    own = {_LINEAR: linear, torch.ops.mkldnn._linear_pointwise.binary: linear_and_sum}
+    before = {operator: lowerings[operator] for operator in own}
+    lowerings.update(own)
     try:
         yield
     finally:
-        lowerings[_LINEAR] = before
+        lowerings.update(before)
+
+
+def _external(kind: Any, dense: list[Any], weight: Any, options: list[Any]) -> Any:
+    """A call of oneDNN on tensors of which all but the weight are made to lie row by row."""
+    from torch._inductor import ir
+
+    dense = [kind.require_contiguous(kind.realize_input(tensor)) for tensor in dense]
+    weight = kind.realize_input(weight)
+    layout = ir.FixedLayout(dense[0].get_device(), dense[0].get_dtype(), [dense[0].get_size()[0], weight.get_size()[0]])
+    return ir.TensorBox.create(kind(layout, [*dense, weight], options))
 
 
 def store_fp8_operands_once() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compiled import lowering
@@ -61,6 +62,27 @@ def test_machine_code_calls_onednn(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert b"linear_pointwise" in (tmp_path / "region").read_bytes()
     outputs = lowering.load(tmp_path / "region", "cpu")(inputs)
     for ours, theirs in zip(outputs, products(*(tensor.double() for tensor in inputs)), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def followed(x: Tensor, weight: Tensor, grad: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Products with what Inductor makes one call of with them: activations, and sums, as of a head's chunks."""
+    y = x @ weight.t()
+    sums = (grad + x @ weight.t(), weight + grad.t() @ x, (y + bias).relu() + grad, y - grad, torch.relu(y * 1 + grad))
+    return (F.silu(x @ weight.t()), F.gelu(y), torch.sigmoid(grad @ weight), F.leaky_relu(y, 0.3), *sums)
+
+
+@pytest.mark.parametrize(("tokens", "inner", "outer"), [(96, 24, 16), (48, 32, 200)])
+def test_machine_code_of_products_with_what_follows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, inner: int, outer: int
+) -> None:
+    monkeypatch.setattr(lowering, "float32_library", lambda: "onednn")
+    inputs = random_inputs(tokens, inner, outer)
+    mode = lowering.fake_mode()
+    fakes = [mode.from_tensor(tensor) for tensor in inputs]
+    lowering.lower(lowering.trace(followed, fakes), fakes, "cpu", tmp_path / "region")
+    outputs = lowering.load(tmp_path / "region", "cpu")(inputs)
+    for ours, theirs in zip(outputs, followed(*(tensor.double() for tensor in inputs)), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
