@@ -58,8 +58,10 @@ def test_training_equals_the_eager_twin(tiny: Compiled, clip: float | None, micr
     assert_same_training(tiny, steps=5, clip=clip, microbatches=microbatches)
 
 
-def test_fifty_steps_in_float32_stay_within_1e_5(compile_step: Compile) -> None:
-    assert_same_training(compile_step("model.dtype=float32"), steps=50, clip=1.0, microbatches=1)
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_fifty_steps_in_float32_stay_within_1e_5(compile_step: Compile, chunks: int) -> None:
+    compiled = compile_step("model.dtype=float32", f"compile.head_chunks={chunks}")
+    assert_same_training(compiled, steps=50, clip=1.0, microbatches=1)
 
 
 def test_fifty_steps_in_float64_stay_within_1e_10(tiny: Compiled) -> None:
