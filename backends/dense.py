@@ -59,7 +59,8 @@ class Dense(Backend):
         if mask is not None and queries == 1 and mask.shape[1] == 1:
             # A token from a preallocated cache: heads that share a key head are as good as queries that do.
             rows = q.reshape(q.shape[0], groups, heads // groups, q.shape[-1])
-            return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale).reshape(q.shape), state
+            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+            return out.reshape(*q.shape[:-1], v.shape[-1]), state
         # With a mask, the fused CUDA kernels do not take grouped heads and a slow fallback would run: repeat k and v.
         grouped = groups != heads and mask is None and k.shape[-1] == v.shape[-1] <= 256
         if groups != heads and not grouped:

@@ -25,7 +25,7 @@ class RecordedDecoding:
     The first call of a form is computed, which sets up what a recording must not (workspaces, checks of state); the
     second is recorded. A call has another form when a tensor of it has another shape, when anything else that it is
     given differs, or when its cache lies elsewhere in memory, as after a beam search has sorted it. The logits are the
-    caller's; whoever wants more than logits gets no recording.
+    caller's; a form whose result holds more than logits and cache is not recorded.
     """
 
     def __init__(self, forward: Callable[..., CausalLMOutputWithPast]) -> None:
@@ -38,12 +38,14 @@ class RecordedDecoding:
 
     def __call__(self, **given: Any) -> CausalLMOutputWithPast:
         """As the model's own forward, with keywords."""
-        if not self.is_possible or given.get("output_hidden_states") or given.get("labels") is not None:
+        if not self.is_possible:
             return self.forward(**given)
         form = _form(given)
         if form != self.form:
-            self.form, self.graph = form, None
-            return self.forward(**given)
+            self.graph = None
+            outputs = self.forward(**given)
+            self.form = form if outputs.keys() <= {"logits", "past_key_values"} else None
+            return outputs
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         if self.graph is None and not self._record(given, tensors):
             return self.forward(**given)

@@ -49,7 +49,12 @@ class Counting(nn.Module):
 
     def forward(self, input_ids: Tensor, **given: Any) -> CausalLMOutputWithPast:
         self.calls += 1
-        return CausalLMOutputWithPast(logits=input_ids[..., None] * 2.0, past_key_values=given.get("past_key_values"))
+        return CausalLMOutputWithPast(
+            loss=None if given.get("labels") is None else torch.tensor(1.0),
+            logits=input_ids[..., None] * 2.0,
+            past_key_values=given.get("past_key_values"),
+            hidden_states=(torch.zeros(1),) if given.get("output_hidden_states") else None,
+        )
 
 
 def token(value: int) -> Tensor:
