@@ -4,6 +4,10 @@ Least E|y − ŷ|² over all affine maps of x′ of the rank is reduced-rank reg
 the multivariate linear model*, 1975). Without a limit of rank the best map is C = Cov(y, x′) Cov(x′)⁺; of rank k it is
 U Uᵀ C, with U the first k eigenvectors of C Cov(x′) Cᵀ = QΛQᵀ, and the error is tr Cov(y) − Σ_{i≤k} λ_i. Where t = 0,
 C is W, and this is mimic.
+
+What is taken is nearer to W than that: C − W is found by ridge regression. A compressed layer in front leaves
+directions of x′ in which hardly anything varies any more, and least squares makes large weights of them, which change
+nothing as long as the model stays as it is and everything when it is trained on.
 """
 
 from __future__ import annotations
@@ -14,17 +18,21 @@ from torch import Tensor
 from modelzoo.compression.methods import Factors, balanced, eigh, principal_outputs
 from modelzoo.compression.moments import TargetMoments
 
+# of the mean eigenvalue of Cov(x′); docs/lab-notes.md, "Low rank", has what other shares did
+RIDGE = 0.03
 
-def regress(weight: Tensor, bias: Tensor | None, targets: TargetMoments, rank: int) -> Factors:
+
+def regress(weight: Tensor, bias: Tensor | None, targets: TargetMoments, rank: int, *, ridge: float = RIDGE) -> Factors:
     """Factors of rank `rank` for weight [out, in] and bias [out]; float64 on the weight's device.
 
-    C = W + Cov(t, x′) Cov(x′)⁺, so that where x′ does not vary (eigenvalues below `targets.resolution` of E|x′|²) C is
-    W: nothing was seen there to say otherwise. `Factors.floor` is what no rank takes away.
+    C = W + Cov(t, x′) (Cov(x′) + ε I)⁻¹, ε being `ridge` of the mean eigenvalue, and W where x′ does not vary
+    (eigenvalues below `targets.resolution` of E|x′|²): nothing was seen there to say otherwise. `Factors.floor` is what
+    no rank takes away.
     """
     wide, own = weight.detach().to(torch.float64), targets.own.covariance
     values, basis = eigh(own)
     is_seen = values > targets.resolution * targets.own.uncentred.trace()
-    inverse = torch.where(is_seen, 1 / values.where(is_seen, 1.0), 0.0)
+    inverse = torch.where(is_seen, 1 / (values + ridge * values.mean()).where(is_seen, 1.0), 0.0)
     learned = targets.covariance @ basis * inverse @ basis.t()
     best = wide + learned
     directions, spectrum = principal_outputs(best, own, rank)
@@ -36,11 +44,11 @@ def regress(weight: Tensor, bias: Tensor | None, targets: TargetMoments, rank: i
 
 
 def _floor(best: Tensor, learned: Tensor, directions: Tensor, targets: TargetMoments) -> float:
-    """E|y − C x′ − E[…]|², and what is met twice of it and of (C − U Uᵀ C) x′ where C was left at W."""
+    """E|y − C x′ − E[…]|², and what is met twice of it and of (C − U Uᵀ C) x′ where C is not the least squares."""
     own, missed = targets.own.covariance, targets.covariance
     varied = targets.uncentred_square - targets.mean.square().sum()
     left = varied - 2 * (learned * missed).sum() + ((learned @ own) * learned).sum()
-    unfitted = missed - learned @ own  # Cov(y − C x′, x′): 0 where x′ varies
+    unfitted = missed - learned @ own  # Cov(y − C x′, x′): 0 for least squares where x′ varies
     rest = best - directions @ (directions.t() @ best)
     return max(float(left), 0.0) + 2 * float((unfitted * rest).sum())
 

@@ -73,7 +73,7 @@ def test_it_is_never_worse_than_mimic_and_than_the_dense_weights_with_all_ranks(
 @given(problem=problems())
 def test_no_map_of_the_rank_in_its_neighbourhood_is_better(problem):
     weight, bias, x, y, targets, rank = problem
-    factors = regress(weight, bias, targets, rank)
+    factors = regress(weight, bias, targets, rank, ridge=0.0)
     best, generator = error_on(x, y, factors), torch.Generator().manual_seed(rank)
     for _ in range(5):
         changed = [
@@ -100,7 +100,35 @@ def test_without_a_limit_of_rank_it_is_least_squares():
     generator = torch.Generator().manual_seed(4)
     weight, x = torch.randn(5, 7, generator=generator).double(), inputs("full", 90, 7, generator)
     wanted = torch.randn(90, 5, generator=generator).double()
-    factors = regress(weight, None, moments_of(x, wanted, 20), 5)
+    factors = regress(weight, None, moments_of(x, wanted, 20), 5, ridge=0.0)
     solved = torch.linalg.lstsq(torch.cat([x, torch.ones(90, 1)], 1), x @ weight.t() + wanted).solution
     torch.testing.assert_close(factors.weight_out @ factors.weight_in, solved[:-1].t(), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(factors.bias, solved[-1], rtol=1e-8, atol=1e-8)
+
+
+def test_it_is_ridge_regression_of_what_is_missed():
+    """Against torch's own solver, each feature given a further row of its own that asks for nothing."""
+    generator = torch.Generator().manual_seed(5)
+    weight, x = torch.randn(5, 7, generator=generator).double(), inputs("full", 90, 7, generator)
+    wanted = torch.randn(90, 5, generator=generator).double()
+    factors = regress(weight, None, moments_of(x, wanted, 20), 5, ridge=0.2)
+    centred = x - x.mean(0)
+    size = (90 * 0.2 * centred.square().sum() / 90 / 7).sqrt()
+    rows = torch.cat([centred, size * torch.eye(7, dtype=torch.float64)])
+    solved = torch.linalg.lstsq(rows, torch.cat([wanted - wanted.mean(0), torch.zeros(7, 5)])).solution
+    torch.testing.assert_close(factors.weight_out @ factors.weight_in, weight + solved.t(), rtol=1e-8, atol=1e-8)
+
+
+def test_a_direction_in_which_little_varies_is_given_no_large_weights():
+    """What a layer behind a compressed one is given; least squares makes weights a hundred times W's of it."""
+    generator = torch.Generator().manual_seed(6)
+    weight, x = torch.randn(6, 8, generator=generator).double(), inputs("full", 200, 8, generator)
+    x[:, 0] *= 1e-3
+    targets = moments_of(x, 0.3 * torch.randn(200, 6, generator=generator).double(), 50)
+
+    def norm(**given: float) -> float:
+        factors = regress(weight, None, targets, 6, **given)
+        return float((factors.weight_out @ factors.weight_in).norm())
+
+    assert norm(ridge=0.0) > 5 * float(weight.norm())
+    assert norm() < 1.1 * float(weight.norm())
