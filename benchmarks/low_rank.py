@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from apps.training.reporting.output_folder import METRICS  # noqa: E402
+from benchmarks.low_rank_report import Figures, Found, picture, table  # noqa: E402
 
 # the settings of a model's trainings; the steps of its dense one, unless others are asked for
 MODELS = {
@@ -83,21 +84,13 @@ class Case:
         return "-".join(filter(None, (Path(self.model).name, self.method, self.allocation, self.keep)))
 
 
-@dataclass(frozen=True)
-class Figures:
-    """Perplexity on held-out text before and after the short training; None where it was not taken."""
-
-    before: float | None
-    after: float | None
-
-
 class Study:
     """Carries out its parts in a folder, some at a time."""
 
     def __init__(self, own: dict[str, str], settings: list[str]) -> None:
         self.own, self.settings, self.out = own, settings, Path(own["out"]).resolve()
         self.models, self.keeps = own["models"].split(","), own["keeps"].split(",")
-        self.methods, self.allocations = own["methods"].split(","), own["allocations"].split(",")
+        self.methods, self.allocations = [*filter(None, own["methods"].split(","))], own["allocations"].split(",")
         self.jobs = int(own["jobs"])
 
     def cases(self, model: str) -> list[Case]:
@@ -147,6 +140,8 @@ class Study:
                 sys.exit(
                     f"error: The dense {model} was not trained. Its log: {self.out}/logs/{Case(model).name}.failed"
                 )
+        if not self.methods:
+            return
         cases = [case for model in self.models for case in self.cases(model)]
         with ThreadPoolExecutor(self.jobs) as pool:
             gpus = cycle(range(int(self.own["gpus"])) if self.own["gpus"] != "1" else (None,))
@@ -205,6 +200,10 @@ class Study:
         found = re.findall(r"^Perplexity after: (\S+)$", self.text(f"{case.name}-compress"), re.MULTILINE)
         return Figures(float(found[-1]) if found else None, evaluated(self.text(f"{case.name}-tune")))
 
+    def found(self, model: str) -> Found:
+        figures = {(case.method, case.allocation, case.keep): self.figures(case) for case in self.cases(model)}
+        return Found(Path(model).name, self.methods, self.allocations, self.keeps, figures)
+
 
 def seconds_of_a_step(folder: Path) -> float:
     """The median of a run's steps, the first three left out."""
@@ -231,13 +230,14 @@ def main() -> None:
     study.out.mkdir(parents=True, exist_ok=True)
     if own["report"] != "only":
         study.carry_out()
-    from benchmarks.low_rank_report import picture, table
-
-    text = "\n\n".join(f"**{Path(model).name}**\n\n{table(study, model)}" for model in study.models) + "\n"
+    if not study.methods:
+        return
+    studies = [study.found(model) for model in study.models]
+    text = "\n\n".join(f"**{found.model}**\n\n{table(found)}" for found in studies) + "\n"
     (study.out / "low-rank.md").write_text(text, encoding="utf-8")
     results = {case.name: asdict(study.figures(case)) for model in study.models for case in study.cases(model)}
     (study.out / "low-rank.json").write_text(json.dumps(results, indent=1))
-    picture(study, study.out / "low-rank.png")
+    picture(studies, study.out / "low-rank.png")
     print(text)
 
 

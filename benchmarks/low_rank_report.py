@@ -1,13 +1,10 @@
-"""What a study of `low_rank.py` found, as a table and a picture."""
+"""What a study of `low_rank.py` or `low_rank_rates.py` found, as a table and a picture."""
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from benchmarks.low_rank import Figures, Study
 
 COLOURS = {
     "svd": "#9db7d9",
@@ -17,23 +14,40 @@ COLOURS = {
     "mimic_dense": "#2a9d4a",
     "dense": "#6b7280",
 }
+DENSE = ("dense", "", "")
 
 
-def figures(study: Study, model: str) -> dict[tuple[str, str, str], Figures]:
-    """(method, allocation, keep) → what was found; the dense model is ("dense", "", "")."""
-    return {(case.method, case.allocation, case.keep): study.figures(case) for case in study.cases(model)}
+@dataclass(frozen=True)
+class Figures:
+    """Perplexity on held-out text before and after the short training; None where it was not taken."""
+
+    before: float | None
+    after: float | None
 
 
-def table(study: Study, model: str) -> str:
+@dataclass(frozen=True)
+class Found:
+    """A model's figures by (method, allocation, keep); those of the dense model itself are at DENSE."""
+
+    model: str
+    methods: Sequence[str]
+    allocations: Sequence[str]
+    keeps: Sequence[str]
+    figures: Mapping[tuple[str, str, str], Figures]
+
+    def at(self, method: str, allocation: str, keep: str) -> Figures:
+        return self.figures[method, allocation, keep]
+
+
+def table(found: Found) -> str:
     """Markdown: a method and an allocation a row, the lowest figure of each column in bold; what mimic lost, below."""
-    found = figures(study, model)
-    dense = found["dense", "", ""]
-    heads = [f"keep {keep}{when}" for keep in study.keeps for when in (", before", ", after")]
+    dense = found.at(*DENSE)
+    heads = [f"keep {keep}{when}" for keep in found.keeps for when in (", before", ", after")]
     lines = [f"| method | allocation | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
     cells: dict[tuple[str, str], list[float | None]] = {
-        (method, allocation): [value for keep in study.keeps for value in astuple(found[method, allocation, keep])]
-        for method in study.methods
-        for allocation in study.allocations
+        (method, allocation): [value for keep in found.keeps for value in astuple(found.at(method, allocation, keep))]
+        for method in found.methods
+        for allocation in found.allocations
     }
     columns = list(zip(*cells.values(), strict=True))
     lowest = [min((value for value in column if value is not None), default=None) for column in columns]
@@ -56,31 +70,28 @@ def shown(value: float | None, is_lowest: bool = False) -> str:
     return f"**{text}**" if is_lowest else text
 
 
-def picture(study: Study, path: Path) -> None:
+def picture(studies: Sequence[Found], path: Path) -> None:
     """Perplexity against the share kept, a panel for each model, before and after."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        len(study.models), 2, figsize=(11, 4.2 * len(study.models)), squeeze=False, sharey="row"
-    )
-    for model, row in zip(study.models, panels, strict=True):
-        found = figures(study, model)
+    figure, panels = pyplot.subplots(len(studies), 2, figsize=(11, 4.2 * len(studies)), squeeze=False, sharey="row")
+    for found, row in zip(studies, panels, strict=True):
         for when, axes in zip(("before", "after"), row, strict=True):
-            for method in study.methods:
-                for allocation in study.allocations:
-                    points = [(float(keep), getattr(found[method, allocation, keep], when)) for keep in study.keeps]
+            for method in found.methods:
+                for allocation in found.allocations:
+                    points = [(float(keep), getattr(found.at(method, allocation, keep), when)) for keep in found.keeps]
                     points = [(keep, value) for keep, value in points if value is not None]
                     if points:
                         style = "-" if allocation == "spectrum" else ":"
                         label = f"{method}, {allocation}"
                         axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[method], label=label)
-            dense = getattr(found["dense", "", ""], when)
+            dense = getattr(found.at(*DENSE), when)
             if dense is not None:
                 axes.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
-            title = f"{Path(model).name}, {when} the short training"
+            title = f"{found.model}, {when} the short training"
             axes.set(title=title, xlabel="share of the blocks' numbers kept", ylabel="held-out perplexity")
             seen = [value for line in axes.get_lines() for value in line.get_ydata()]
             axes.set_yscale("log" if seen and max(seen) > 3 * min(seen) else "linear")

@@ -9,28 +9,21 @@ for each of `seeds`, which order the rows. A line for each: held-out perplexity 
 standard deviation over the seeds of its difference to the first variant, on the same rows.
 """
 
-import copy
-import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-import modelzoo  # noqa: E402
 from apps.training.cli import run_main  # noqa: E402
-from apps.training.data.loader import TrainLoader, dev_batches  # noqa: E402
-from apps.training.data.storage import Dataset, open_dataset  # noqa: E402
-from apps.training.loss import make_batch  # noqa: E402
-from backends.errors import UserError  # noqa: E402
+from benchmarks.low_rank_training import calibration_of, compressed, open_both, perplexity, tuned  # noqa: E402
 from benchmarks.own_settings import own_settings  # noqa: E402
-from modelzoo.compression import METHODS, Factors, Moments, compress, compress_model  # noqa: E402
+from modelzoo.compression import METHODS, Factors, Moments, compress  # noqa: E402
 from modelzoo.compression.methods import balanced, principal_outputs  # noqa: E402
 
 OWN = {
@@ -102,74 +95,18 @@ VARIANTS = {
 }
 
 
-def loss_of(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the cross entropy over the counted positions, and their number."""
-    logits = model(input_ids=ids, use_cache=False).logits.float()
-    each = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return (each * mask.flatten()).sum(), mask.sum()
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, dataset: Dataset, batch: int) -> float:
-    model.eval()
-    total = counted = 0.0
-    for rows in dev_batches(dataset, batch):
-        made = make_batch(rows)
-        loss, number = loss_of(model, made.input_ids, made.labels, made.mask)
-        total, counted = total + float(loss), counted + float(number)
-    return math.exp(total / counted)
-
-
-def tuned(model: nn.Module, dataset: Dataset, own: dict[str, str], seed: int, *, freezes_biases: bool) -> float:
-    """Perplexity after the short training of a copy of `model`."""
-    model, steps, peak = copy.deepcopy(model).train(), int(own["tune"]), float(own["tune_lr"])
-    named = [(name, each) for name, each in model.named_parameters() if not (freezes_biases and name.endswith("bias"))]
-    groups = [
-        {"params": [each for _, each in named if each.ndim > 1], "weight_decay": 0.1},
-        {"params": [each for _, each in named if each.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer, warmup = torch.optim.AdamW(groups, lr=peak), max(1, steps // 20)
-    rows = islice(iter(TrainLoader(dataset, batch_size=int(own["batch"]), seed=seed)), steps)
-    for step, each in enumerate(rows, start=1):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * min(step / warmup, (steps - step) / max(1, steps - warmup) if step > warmup else 1.0)
-        made = make_batch(each)
-        loss, number = loss_of(model, made.input_ids, made.labels, made.mask)
-        optimizer.zero_grad()
-        (loss / number).backward()
-        nn.utils.clip_grad_norm_([each for _, each in named], 1.0)
-        optimizer.step()
-    return perplexity(model, dataset, int(own["batch"]))
-
-
-def compressed(dense: nn.Module, calibration: list[dict[str, object]], variant: str, keep: float) -> nn.Module:
-    model = copy.deepcopy(dense)
-    method = variant.removesuffix("_dense").removesuffix("_frozen")
-    compress_model(model, calibration, method=method, keep=keep, targets="dense" if "_dense" in variant else "own")
-    return model
-
-
 def program(argv: Sequence[str]) -> None:
     own = own_settings(OWN, argv)
-    for name in ("model", "dataset"):
-        if not own[name]:
-            raise UserError(f"{name} is not given. Expected {name}=DIR, see the first lines of this file.")
     METHODS.update(VARIANTS)
-    config = modelzoo.load_config(model_name_or_path=own["model"])
-    dense = modelzoo.load_model(own["model"], config, dtype="float32").eval()
-    batch, length = int(own["batch"]), int(own["length"])
-    dataset = open_dataset(
-        Path(own["dataset"]), max_seq_length=length, vocab_size=config.vocab_size, batch_size=batch, evaluate=True
-    )
-    rows = islice(iter(TrainLoader(dataset, batch_size=batch, seed=42)), math.ceil(int(own["tokens"]) / batch / length))
-    calibration = [{"input_ids": make_batch(each).input_ids, "use_cache": False} for each in rows]
+    dense, dataset = open_both(own)
+    calibration, batch = calibration_of(dense, dataset, own), int(own["batch"])
     print(f"dense {perplexity(dense, dataset, batch):.3f}", flush=True)
     for keep in own["keeps"].split(","):
         first: list[float] = []
         for variant in own["variants"].split(","):
-            model = compressed(dense, calibration, variant, float(keep))
-            frozen = variant.endswith("_frozen")
-            after = [tuned(model, dataset, own, int(seed), freezes_biases=frozen) for seed in own["seeds"].split(",")]
+            model = compressed(dense, calibration, variant.removesuffix("_frozen"), float(keep))
+            given = {"peak": float(own["tune_lr"]), "freezes_biases": variant.endswith("_frozen")}
+            after = [tuned(model, dataset, own, int(seed), **given) for seed in own["seeds"].split(",")]
             first = first or after
             paired = [one - other for one, other in zip(after, first, strict=True)]
             spread = statistics.stdev(paired) if len(paired) > 1 else 0.0

@@ -1,12 +1,13 @@
 """Time of a step on 1, 2, … workers with the same work for each, and what a checkpoint costs.
 
     python apps/train_llm.py command=compile SETTINGS
-    torchrun --nproc-per-node N benchmarks/weak_scaling.py SETTINGS [steps=20] [save=1]
+    torchrun --nproc-per-node N benchmarks/weak_scaling.py SETTINGS [steps=40] [save=1]
 
 Random tokens, AdamW, no clipping, the CUDA graph on a GPU. The first worker prints one JSON line: the slowest worker's
-median time of a step and the tokens of all per second. `save=1` adds, for one of the steps, a checkpoint that is
-written meanwhile, and prints how much of a step it took. How sums and regions overlap: apps/profile_step.py, started
-the same way.
+time of a step (the median of four quarters of `steps`, in each of which the host runs ahead, as in training), the
+tokens of all per second, and `waiting_ms`, the median of single steps that the host waits for. `save=1` adds, for one
+of the steps, a checkpoint that is written meanwhile, and prints how much of a step it took. How sums and regions
+overlap: apps/profile_step.py, started the same way.
 """
 
 import json
@@ -21,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-OWN = {"steps": "20", "save": "0"}
+OWN = {"steps": "40", "save": "0"}
+WAITING = 10
 
 
 def main() -> None:
@@ -65,11 +67,15 @@ def measure(config, plan, workers, own: dict[str, str]) -> None:
         wait(device)
         return time.perf_counter() - began
 
-    times = [steps(1) for _ in range(3 + int(own["steps"]))]
-    middle = slowest(statistics.median(times[3:]), workers, device)
+    times = [steps(1) for _ in range(3 + WAITING)]
+    quarter = max(1, int(own["steps"]) // 4)
+    quarters = [steps(quarter) for _ in range(4)]
+    middle = slowest(statistics.median(quarters) / quarter, workers, device)
+    waiting = slowest(statistics.median(times[3:]), workers, device)
     tokens = plan.spec.batch_size * plan.spec.max_seq_length * workers.world_size
     line = {"workers": workers.world_size, "ms": round(middle * 1e3, 2), "tokens_per_s": round(tokens / middle)}
-    line |= {"start_and_first_step_s": round(times[0] + time.perf_counter() - began - sum(times), 2)}
+    line["waiting_ms"] = round(waiting * 1e3, 2)
+    line |= {"start_and_first_step_s": round(times[0] + time.perf_counter() - began - sum(times) - sum(quarters), 2)}
     if int(own["save"]):
         line |= saving(program, model, workers, steps, middle)
     if workers.is_first:

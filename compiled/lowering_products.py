@@ -91,8 +91,8 @@ def any_weight() -> Iterator[None]:
         assert bias is None, "give_to_onednn adds a bias behind the product"
         return _external(LinearBinary, [x, other], weight, [None, operation])
 
-    own = {_LINEAR: linear, torch.ops.mkldnn._linear_pointwise.binary: linear_and_sum}
-    before = {operator: lowerings[operator] for operator in own}
+    own: dict[Any, Any] = {_LINEAR: linear, torch.ops.mkldnn._linear_pointwise.binary: linear_and_sum}
+    before: dict[Any, Any] = {operator: lowerings[operator] for operator in own}
     lowerings.update(own)
     try:
         yield

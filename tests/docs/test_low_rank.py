@@ -62,7 +62,7 @@ def study_of(folder: Path, perplexities: dict[str, tuple[float, float]]) -> low_
 def test_the_table_marks_the_lowest_and_says_what_was_lost(tmp_path: Path) -> None:
     figures = {"demo-dense": (10.0, 9.0), "demo-svd-uniform-0.6": (5e4, 40.0), "demo-svd-spectrum-0.6": (30.0, 11.0)}
     figures |= {"demo-mimic-uniform-0.6": (12.5, 11.5)}
-    lines = low_rank_report.table(study_of(tmp_path / "study", figures), "demo").splitlines()
+    lines = low_rank_report.table(study_of(tmp_path / "study", figures).found("demo")).splitlines()
     assert lines[2:6] == [
         "| svd | uniform | 5.0e+04 | 40.00 |",
         "| svd | spectrum | 30.00 | **11.00** |",
@@ -101,6 +101,23 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
     assert [line[2] for line in variants] == ["svd_llm", "mimic_dense", "mimic_frozen", "svd_llm_singular"]
     assert variants[0][-3:] == ["+0.000", "±", "0.000"]  # against itself
     assert variants[3][4] == variants[0][4]  # the same product of other factors
+
+    command[1] = "benchmarks/low_rank_rates.py"
+    command[6:] = ["tune=2", "keeps=0.5", f"out={tmp_path}/rates", "methods=svd_llm,mimic_dense", "tune_lrs=1e-9,3e-3"]
+    command += ["allocations=uniform", "processes=2", "seed=1"]
+    first, second = (
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True) for _ in range(2)
+    )
+    cases = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rates").glob("*.json")}
+    assert cases.keys() == {"dense", "svd_llm-uniform-0.5", "mimic_dense-uniform-0.5"}
+    assert all(case["after"]["1e-9"] == pytest.approx(case["before"], rel=1e-5) for case in cases.values())
+    assert all(case["after"]["3e-3"] < case["before"] for case in cases.values())
+    assert cases["svd_llm-uniform-0.5"]["before"] == pytest.approx(float(variants[0][4].strip(",")), abs=1e-3)
+    assert "trained" in first.stdout
+    assert "trained" not in second.stdout
+    best = f"{cases['mimic_dense-uniform-0.5']['after']['3e-3']:.2f}"
+    assert re.search(rf"^\| mimic_dense \| uniform \| [^|]* \| \**{re.escape(best)}", second.stdout, re.MULTILINE)
+    assert (tmp_path / "rates" / "low-rank.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

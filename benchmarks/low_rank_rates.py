@@ -1,0 +1,121 @@
+"""The table of benchmarks/low_rank.py for a larger model, each case trained at several rates: the best of them counts.
+
+    python benchmarks/low_rank_rates.py model=outputs/low-rank-60m/runs/clm-60m-dense \
+        dataset=outputs/low-rank-60m/dataset out=outputs/low-rank-60m/rates length=512 tokens=131072 batch=16 \
+        tune_lrs=3e-5,1e-4,3e-4 processes=6
+
+Compresses the dense model `model` by each of `methods` with each of `allocations` at each of `keeps`, and trains each
+of these, and the dense model, for `tune` steps of `batch` rows at each peak of `tune_lrs` on the same rows, ordered by
+`seed`. `processes` of them share the machine's GPUs. Each case leaves a file in `out` and is not done again; the table
+and picture, `low-rank.md` and `low-rank.png`, are made of what is there (`processes=0`: of nothing new).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from apps.training.cli import run_main  # noqa: E402
+from backends.errors import UserError  # noqa: E402
+from benchmarks.low_rank_report import DENSE, Figures, Found, picture, table  # noqa: E402
+from benchmarks.own_settings import own_settings  # noqa: E402
+
+OWN = {
+    "model": "",
+    "dataset": "",
+    "out": "outputs/low-rank-rates",
+    "length": "256",
+    "tokens": "65536",
+    "batch": "8",
+    "tune": "100",
+    "tune_lrs": "3e-5,1e-4,3e-4",
+    "keeps": "0.8,0.6,0.4",
+    "methods": "svd,asvd,svd_llm,mimic,mimic_dense",
+    "allocations": "uniform,spectrum",
+    "seed": "7",
+    "processes": "1",
+    "part": "",  # 0/6: the first of six processes
+}
+Case = tuple[str, str, str]  # method, allocation, keep
+
+
+def cases_of(own: dict[str, str]) -> list[Case]:
+    lists = (own[name].split(",") for name in ("keeps", "methods", "allocations"))
+    return [DENSE, *((method, allocation, keep) for keep, method, allocation in product(*lists))]
+
+
+def file_of(own: dict[str, str], case: Case) -> Path:
+    return Path(own["out"]) / f"{'-'.join(filter(None, case))}.json"
+
+
+def carry_out(own: dict[str, str], cases: Sequence[Case]) -> None:
+    """Compress and train `cases` in this process, one after the other."""
+    from benchmarks.low_rank_training import calibration_of, compressed, open_both, perplexity, tuned
+
+    dense, dataset = open_both(own)
+    calibration, batch = calibration_of(dense, dataset, own), int(own["batch"])
+    for method, allocation, keep in cases:
+        began, path = time.monotonic(), file_of(own, (method, allocation, keep))
+        model = dense if method == "dense" else compressed(dense, calibration, method, float(keep), allocation)
+        before, made = perplexity(model, dataset, batch), time.monotonic()
+        after = {rate: tuned(model, dataset, own, int(own["seed"]), float(rate)) for rate in own["tune_lrs"].split(",")}
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps({"before": before, "after": after}))
+        partial.replace(path)
+        seconds = f"{made - began:.0f} and {time.monotonic() - made:.0f} s"
+        rates = ", ".join(f"{value:.3f} ({rate})" for rate, value in after.items())
+        print(f"{path.stem}: {before:.3f}, trained {rates}; {seconds}", flush=True)
+
+
+def share_out(own: dict[str, str], processes: int) -> None:
+    """Carry out the missing cases in as many processes, on the machine's GPUs in turn."""
+    import torch
+
+    gpus, command = torch.cuda.device_count(), [sys.executable, __file__, *sys.argv[1:]]
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
+    running = []
+    for index in range(processes):
+        device = {"CUDA_VISIBLE_DEVICES": str(index % gpus)} if gpus else {}
+        environment = os.environ | threads | device
+        running.append(subprocess.Popen([*command, f"part={index}/{processes}"], env=environment))
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise UserError("Not all cases were carried out; what went wrong is said above. Start it again to go on.")
+
+
+def figures_of(own: dict[str, str], case: Case) -> Figures:
+    path = file_of(own, case)
+    if not path.exists():
+        return Figures(None, None)
+    found = json.loads(path.read_text())
+    return Figures(found["before"], min(found["after"].values()))
+
+
+def program(argv: Sequence[str]) -> None:
+    own = own_settings(OWN, argv)
+    cases = cases_of(own)
+    missing = [case for case in cases if not file_of(own, case).exists()]
+    Path(own["out"]).mkdir(parents=True, exist_ok=True)
+    if own["part"]:
+        index, processes = map(int, own["part"].split("/"))
+        carry_out(own, missing[index::processes])
+        return
+    if missing and int(own["processes"]):
+        share_out(own, int(own["processes"]))
+    keeps, methods, allocations = (own[name].split(",") for name in ("keeps", "methods", "allocations"))
+    figures = {case: figures_of(own, case) for case in cases}
+    found = Found(Path(own["model"]).name, methods, allocations, keeps, figures)
+    (Path(own["out"]) / "low-rank.md").write_text(table(found) + "\n", encoding="utf-8")
+    picture([found], Path(own["out"]) / "low-rank.png")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(program))
