@@ -59,13 +59,15 @@ def uniform_ranks(shapes: Mapping[str, LayerShape], keep: float) -> Ranks:
     return {name: rank_for(keep, shape.in_features, shape.out_features) for name, shape in shapes.items()}
 
 
-def spectrum_ranks(shapes: Mapping[str, LayerShape], spectra: Mapping[str, Tensor], keep: float) -> Ranks:
+def spectrum_ranks(
+    shapes: Mapping[str, LayerShape], spectra: Mapping[str, Tensor], costs: Mapping[str, float], keep: float
+) -> Ranks:
     """Ranks that together hold the share `keep` of all layers' numbers, each where it removes most error per number.
 
-    They are ranks that `rank_after` knows.
-    A layer's error counts relative to what its outputs vary at all, Σ_{i>k} λ_i / Σ λ_i. Eigenvalues fall, so taking
-    the best next rank again and again gives the least sum of errors for the budget. A layer whose next rank would be as
-    dear as the matrix becomes dense, if the rest of the budget pays for that, and stops otherwise.
+    They are ranks that `rank_after` knows. A layer's error Σ_{i>k} λ_i counts as often as `costs` says. Eigenvalues
+    fall, so taking the best next rank again and again gives the least sum for the budget. A layer whose next rank would
+    be as dear as the matrix becomes dense, if the rest of the budget pays for that, and stops otherwise. What removes
+    no error is not bought.
     """
     require_keep(keep)
     if keep == 1:
@@ -73,23 +75,24 @@ def spectrum_ranks(shapes: Mapping[str, LayerShape], spectra: Mapping[str, Tenso
     budget = int(keep * sum(shape.dense for shape in shapes.values()))
     ranks: Ranks = dict.fromkeys(shapes, 1)
     budget -= sum(shape.per_rank for shape in shapes.values())
-    totals = {name: max(float(spectrum.sum()), 1e-300) for name, spectrum in spectra.items()}
 
     def gain(name: str, rank: int) -> float:
         """Of going on from `rank`, per number."""
         step = rank_after(rank) - rank
-        return float(spectra[name][rank : rank + step].sum()) / totals[name] / shapes[name].per_rank / step
+        return costs[name] * float(spectra[name][rank : rank + step].sum()) / shapes[name].per_rank / step
 
     queue = [(-gain(name, 1), name) for name in shapes]
     heapq.heapify(queue)
     while queue:
-        _, name = heapq.heappop(queue)
+        negative, name = heapq.heappop(queue)
+        if negative == 0:
+            break
         rank, shape = ranks[name], shapes[name]
         assert rank is not None
         following = rank_after(rank)
         if following > shape.most:
             price = shape.dense - rank * shape.per_rank
-            if price <= budget and rank < len(spectra[name]) and float(spectra[name][rank:].sum()) > 0:
+            if price <= budget:
                 ranks[name], budget = None, budget - price
             continue
         price = (following - rank) * shape.per_rank

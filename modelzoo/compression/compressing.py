@@ -13,8 +13,16 @@ from backends import load
 from backends.errors import UserError, unknown
 from backends.layers import BackendLinear
 from backends.lora import matching_linears
-from modelzoo.compression.allocation import LayerShape, Ranks, given_ranks, spectrum_ranks, uniform_ranks
-from modelzoo.compression.methods import METHODS, Factors, compress, measured_error, principal_outputs
+from modelzoo.compression.allocation import (
+    LayerShape,
+    Ranks,
+    given_ranks,
+    require_keep,
+    spectrum_ranks,
+    uniform_ranks,
+)
+from modelzoo.compression.consequences import spectra_and_costs
+from modelzoo.compression.methods import METHODS, Factors, compress, measured_error
 from modelzoo.compression.moments import Moments
 from modelzoo.compression.regression import error_towards_targets, regress, variance_of_targets
 from modelzoo.compression.staged import DenseBeside, Sum, sum_moments
@@ -160,19 +168,31 @@ def _towards_dense(
 
 
 def spectra_of(
-    model: nn.Module, blocks: Mapping[str, nn.Module], names: Sequence[str], batches: Iterable[Batch], sum_: Sum
-) -> dict[str, Tensor]:
-    """The eigenvalues of each layer's output covariance, falling, on the dense model."""
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    shapes: Mapping[str, LayerShape],
+    batches: Iterable[Batch],
+    keep: float,
+    sum_: Sum,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The eigenvalues of each layer's output covariance, falling, and what a unit of its error costs; both of the dense
+    model. `keep`: the share at which a layer's error is looked at.
+    """
     stream = BlockInputs(model, next(iter(blocks.values())), batches)
-    spectra = {}
+    spectra: dict[str, Tensor] = {}
+    costs: dict[str, float] = {}
+    ranks = uniform_ranks(shapes, keep)
     for path, block in blocks.items():
-        mine = linears_of(block, path, names)
+        mine = linears_of(block, path, tuple(shapes))
         with moments_of(mine) as moments:
-            stream.advance(block)
+            for _ in stream.outputs(block):
+                pass
         _add_up(moments, sum_)
-        for name, layer in mine.items():
-            _, spectra[name] = principal_outputs(layer.weight.to(torch.float64), moments[name].covariance, 0)
-    return spectra
+        found = spectra_and_costs(stream, block, mine, moments, ranks, sum_)
+        spectra |= found[0]
+        costs |= found[1]
+        stream.advance(block)
+    return spectra, costs
 
 
 def _layers(
@@ -217,7 +237,8 @@ def _choose(
     assert keep is not None
     if allocation == "uniform":
         return uniform_ranks(shapes, keep)
-    return spectrum_ranks(shapes, spectra_of(model, blocks, tuple(shapes), batches, sum_), keep)
+    require_keep(keep)
+    return spectrum_ranks(shapes, *spectra_of(model, blocks, shapes, batches, keep, sum_), keep)
 
 
 def _add_up(moments: Mapping[str, Moments], sum_: Sum) -> None:

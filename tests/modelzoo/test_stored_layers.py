@@ -16,12 +16,14 @@ from modelzoo.config_reading import load_config
 from modelzoo.configuration_transformer import ConfigurationTransformer
 from tests.modelzoo.compression.test_compressing import batches, pair
 
+RANKS = {"q_proj": 7, "down_proj": 11, "layers.1.self_attn.q_proj": 4, "layers.1.mlp.down_proj": 13}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A compressed model, saved: ranks that differ from layer to layer, some with a bias."""
     _, model = pair()
-    compress_model(model, batches(), keep=0.5, match=["q_proj", "down_proj"], allocation="spectrum")
+    compress_model(model, batches(), ranks=RANKS)
     return save_model(model, tmp_path / "low")
 
 
@@ -34,7 +36,7 @@ def read(folder: Path) -> torch.nn.Module:
 
 def test_what_is_read_computes_what_was_written(folder: Path) -> None:
     _, model = pair()
-    compress_model(model, batches(), keep=0.5, match=["q_proj", "down_proj"], allocation="spectrum")
+    compress_model(model, batches(), ranks=RANKS)
     found = read(folder)
     with torch.no_grad():
         logits = [each(**batches(1)[0]).logits for each in (model, found)]

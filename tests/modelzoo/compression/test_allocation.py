@@ -15,6 +15,11 @@ def numbers(shapes, ranks):
     return sum(shape.dense if ranks[name] is None else ranks[name] * shape.per_rank for name, shape in shapes.items())
 
 
+def relative(spectra):
+    """Costs that count an error relative to all that the layer's outputs vary."""
+    return {name: 1 / max(float(spectrum.sum()), 1e-30) for name, spectrum in spectra.items()}
+
+
 @st.composite
 def layers(draw: st.DrawFn):
     shapes, spectra = {}, {}
@@ -31,7 +36,11 @@ def test_no_allocation_spends_more_than_the_budget_or_less_than_a_rank_each(prob
     shapes, spectra = problem
     budget = keep * sum(shape.dense for shape in shapes.values())
     least = sum(shape.per_rank for shape in shapes.values())
-    for ranks in (uniform_ranks(shapes, keep), spectrum_ranks(shapes, spectra, keep)):
+    costs = dict(zip(shapes, (0.0, 1.0, 1e-3, 50.0, 1e-300), strict=False))
+    for ranks in (
+        uniform_ranks(shapes, keep),
+        *(spectrum_ranks(shapes, spectra, each, keep) for each in (relative(spectra), costs)),
+    ):
         assert numbers(shapes, ranks) <= max(budget, least)
         for name, rank in ranks.items():
             assert rank is None or 1 <= rank <= max(1, shapes[name].most)
@@ -44,15 +53,15 @@ def test_the_spectrum_decides_as_trying_everything_does():
         "b": torch.tensor([5.0, 5.0, 5.0, 5.0, 5.0], dtype=torch.float64),
         "c": torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64),
     }
-    for keep in (0.2, 0.3, 0.4, 0.45):
+    for keep, costs in itertools.product((0.2, 0.3, 0.4, 0.45), (relative(spectra), {"a": 0.1, "b": 0.5, "c": 20.0})):
         budget = int(keep * 3 * 144)
 
-        def error(ranks):
-            return sum(float(spectra[name][rank:].sum() / spectra[name].sum()) for name, rank in ranks.items())
+        def error(ranks, costs=costs):
+            return sum(costs[name] * float(spectra[name][rank:].sum()) for name, rank in ranks.items())
 
         every = (dict(zip(shapes, ranks, strict=True)) for ranks in itertools.product(range(1, 6), repeat=3))
         best = min(error(ranks) for ranks in every if 24 * sum(ranks.values()) <= budget)
-        found = spectrum_ranks(shapes, spectra, keep)
+        found = spectrum_ranks(shapes, spectra, costs, keep)
         assert error(found) == pytest.approx(best)
 
 
@@ -60,7 +69,7 @@ def test_large_ranks_are_such_as_a_gpu_reads_well():
     shapes = {"wide": LayerShape(2048, 5632), "narrow": LayerShape(100, 100)}
     spectra = {"wide": torch.linspace(2, 1, 2048).double(), "narrow": torch.linspace(2, 1, 100).double()}
     for keep in (0.3, 0.5, 0.7, 0.85):
-        for ranks in (uniform_ranks(shapes, keep), spectrum_ranks(shapes, spectra, keep)):
+        for ranks in (uniform_ranks(shapes, keep), spectrum_ranks(shapes, spectra, relative(spectra), keep)):
             assert ranks["wide"] % 8 == 0
             assert numbers(shapes, ranks) <= keep * sum(shape.dense for shape in shapes.values())
     assert uniform_ranks(shapes, 0.5) == {"wide": 744, "narrow": 25}  # of 750
@@ -72,7 +81,8 @@ def test_steps_of_eight_are_taken_where_they_remove_most():
         "a": torch.cat([torch.full((64,), 9.0), torch.full((8,), 0.5), torch.zeros(328)]).double(),
         "b": torch.cat([torch.full((64,), 9.0), torch.full((8,), 1.0), torch.zeros(328)]).double(),
     }
-    found = spectrum_ranks(shapes, spectra, (2 * 64 + 12) * 800 / (2 * 160000))  # twelve more than 64 each: one step
+    keep = (2 * 64 + 12) * 800 / (2 * 160000)  # twelve more than 64 each: one step
+    found = spectrum_ranks(shapes, spectra, relative(spectra), keep)
     assert found == {"a": 64, "b": 72}
 
 
@@ -82,7 +92,7 @@ def test_a_layer_that_needs_all_its_ranks_stays_dense_if_the_budget_pays_for_it(
         "flat": torch.ones(10, dtype=torch.float64),
         "steep": torch.tensor([100.0] + [1e-9] * 9, dtype=torch.float64),
     }
-    assert spectrum_ranks(shapes, spectra, 0.65) == {"flat": None, "steep": 1}
+    assert spectrum_ranks(shapes, spectra, relative(spectra), 0.65) == {"flat": None, "steep": 1}
     assert given_ranks(shapes, {"flat": 4, "steep": 5}) == {"flat": 4, "steep": None}
     assert uniform_ranks(shapes, 1.0) == {"flat": None, "steep": None}
 
