@@ -7,7 +7,8 @@
 Compresses the dense model `model` by each of `methods` with each of `allocations` at each of `keeps`, and trains each
 of these, and the dense model, for `tune` steps of `batch` rows at each peak of `tune_lrs`, once for each of `seeds`,
 which order the rows. What counts is the mean over the seeds at a case's best peak. `processes` of them share the
-machine's GPUs. Each case leaves a file in `out` and is not done again; the table and picture, `low-rank.md` and `low-rank.png`, are made of what is there (`processes=0`: of nothing new).
+machine's GPUs. Each case leaves a file in `out` and is not done again; the table and picture, `low-rank.md` and
+`low-rank.png`, are made of what is there (`processes=0`: of nothing new).
 """
 
 import json
