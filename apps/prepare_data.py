@@ -66,6 +66,8 @@ def summary(metadata: Mapping[str, Any]) -> str:
         ("unigram entropy", f"{metadata['unigram_entropy_nats']:.4f} nats a token"),
         ("dev under unigrams", "no dev split" if dev_cost is None else f"{dev_cost:.4f} nats a token"),
     ]
+    if left_out := metadata.get("number_of_files_left_out"):
+        facts.insert(1, ("left out", f"{left_out:,} file{'s' * (left_out > 1)} not in UTF-8"))
     return "\n".join([*table, "", *(f"  {name:<19} {value}" for name, value in facts)])
 
 

@@ -1,5 +1,6 @@
 """The program: what it prints, what it refuses, and that mistakes show before anything heavy is loaded."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,15 @@ def test_a_dataset_is_made_and_summed_up(text, tmp_path, capsys):
     assert f"Dataset saved at {tmp_path / 'out'}/" in printed
     assert f"{dataset.num_train_rows:,}" in printed
     assert summary(dataset.metadata) in printed
+
+
+def test_files_that_are_not_text_are_left_out_when_asked_and_counted(text, tmp_path, capsys):
+    (tmp_path / "picture.txt").write_bytes(b"\x89PNG\r\n")
+    given = [f"input={tmp_path}/*.txt", f"output_dir={tmp_path / 'out'}", "vocab_size=300", "max_seq_length=16"]
+    program([*given, "skip_undecodable=true"])
+    assert re.search(r"left out +1 file not in UTF-8", capsys.readouterr().out)
+    metadata = open_dataset(tmp_path / "out", max_seq_length=16).metadata
+    assert (metadata["number_of_files_left_out"], metadata["input_articles"]) == (1, 1)
 
 
 def test_it_runs_from_inside_apps(text, tmp_path):

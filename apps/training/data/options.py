@@ -18,6 +18,7 @@ class PrepareOptions:
     input: str = setting("corpus", "file, folder, pattern, Hugging Face dataset, or 'corpus': Python's own sources")
     input_split: str = setting("train", "which split of a Hugging Face dataset")
     input_subset: str | None = setting(None, "which configuration of a Hugging Face dataset")
+    skip_undecodable: bool = setting(False, "leave out text files that are not UTF-8, and say how many")
     text_keyword: str = setting("text", "key of raw text in a record")
     prompt_keyword: str = setting("prompt", "key of a pair's prompt")
     completion_keyword: str = setting("completion", "key of a pair's completion")

@@ -49,7 +49,13 @@ def prepare(options: PrepareOptions) -> Prepared:
     given = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
     if given is None:
         check_vocab_size(options.vocab_size)
-    source = open_source(options.input, _style(options, given), split=options.input_split, subset=options.input_subset)
+    source = open_source(
+        options.input,
+        _style(options, given),
+        split=options.input_split,
+        subset=options.input_subset,
+        skips_undecodable=options.skip_undecodable,
+    )
     content = read_through(source)
     split = split_articles(content.sizes, options.dev_ratio, options.test_ratio, options.seed)
     with atomic_folder(folder, overwrite=options.overwrite) as place:
@@ -63,6 +69,8 @@ def prepare(options: PrepareOptions) -> Prepared:
             metadata = write_splits(spool, split, tokenizer, options, place)
         shutil.rmtree(place / ".spool")
         metadata |= tokenizer.as_metadata() | origin(source, content, options)
+        if source.left_out:
+            metadata["number_of_files_left_out"] = len(source.left_out)
         metadata["number_of_test_files"] = _write_test_articles(source, split, place)
         write_metadata(place, metadata)
         write_checksums(place)

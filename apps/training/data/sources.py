@@ -17,7 +17,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,15 @@ _SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
 
 @dataclass(frozen=True)
 class Source:
-    """Articles that can be read again and again. `files`: name and path of each file they come from, if any."""
+    """Articles that can be read again and again. `files`: name and path of each file they come from, if any.
+
+    `left_out`: files that are not UTF-8 text.
+    """
 
     name: str
     files: tuple[tuple[str, Path], ...]
     pieces: Callable[[], Iterator[Piece]]
+    left_out: tuple[Path, ...] = ()
 
     @property
     def num_bytes(self) -> int | None:
@@ -50,8 +54,24 @@ class Source:
         return sum(path.stat().st_size for _, path in self.files) if plain else None
 
 
-def open_source(given: str, style: Style, *, split: str = "train", subset: str | None = None) -> Source:
-    """Find what `given` names. Reads nothing yet but folders' listings; UserError when there is no such thing."""
+def open_source(
+    given: str, style: Style, *, split: str = "train", subset: str | None = None, skips_undecodable: bool = False
+) -> Source:
+    """Find what `given` names. Reads nothing yet but folders' listings; UserError when there is no such thing.
+
+    `skips_undecodable`: read all text files through once, and leave out those that are not UTF-8.
+    """
+    source = _find(given, style, split, subset)
+    if not skips_undecodable or not source.files:
+        return source
+    kept = tuple((name, path) for name, path in source.files if _is_decodable(path))
+    left_out = tuple(sorted({path for _, path in source.files} - {path for _, path in kept}))
+    if not kept:
+        raise UserError(f"No file of input={given} is UTF-8 text. Convert them; the first is '{left_out[0]}'.")
+    return Source(source.name, kept, lambda: _pieces([path for _, path in kept], style), left_out)
+
+
+def _find(given: str, style: Style, split: str, subset: str | None) -> Source:
     path = Path(given)
     if given == corpus.NAME:
         return _files_source(given, corpus.folder(), corpus.files(), style)
@@ -72,11 +92,28 @@ def open_source(given: str, style: Style, *, split: str = "train", subset: str |
 
 
 def _files_source(name: str, root: Path, paths: list[Path], style: Style) -> Source:
-    def pieces() -> Iterator[Piece]:
-        for path in paths:
-            yield from _file_pieces(path, style)
+    files = tuple((path.relative_to(root).as_posix(), path) for path in paths)
+    return Source(name, files, lambda: _pieces(paths, style))
 
-    return Source(name, tuple((path.relative_to(root).as_posix(), path) for path in paths), pieces)
+
+def _pieces(paths: Iterable[Path], style: Style) -> Iterator[Piece]:
+    for path in paths:
+        yield from _file_pieces(path, style)
+
+
+def _is_decodable(path: Path) -> bool:
+    """Whether a file is UTF-8 text, or a kind that has an encoding of its own. UserError where it cannot be read."""
+    if path.suffix in (".parquet", *_TABLES):
+        return True
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            while file.read(PIECE_CHARACTERS):
+                pass
+    except UnicodeDecodeError:
+        return False
+    except OSError as error:
+        raise UserError(f"Cannot read '{path}': {error.strerror or error}.") from error
+    return True
 
 
 def _file_pieces(path: Path, style: Style) -> Iterator[Piece]:
@@ -90,7 +127,10 @@ def _file_pieces(path: Path, style: Style) -> Iterator[Piece]:
         else:
             yield from _text_pieces(path)
     except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is not UTF-8 text (byte {error.start}). Convert it, or leave it out.") from error
+        raise UserError(
+            f"'{path}' is not UTF-8 text (byte {error.start}). Convert it, or set skip_undecodable=true to leave out "
+            "all such files."
+        ) from error
     except OSError as error:
         raise UserError(f"Cannot read '{path}': {error.strerror or error}.") from error
 

@@ -116,6 +116,28 @@ def test_a_mistake_is_named_by_file_and_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_files_that_are_not_text_can_be_left_out(tmp_path):
+    contents = {
+        "a.txt": b"one",
+        "b.txt": b"ok\n" * 400_000 + b"\xff",
+        "c.jsonl": b'{"text": "\xff"}',
+        "d.txt": "zwölf".encode(),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    given = str(tmp_path / "*")
+    with pytest.raises(UserError, match="b.txt' is not UTF-8 text .* set skip_undecodable=true to leave out"):
+        list(open_source(given, Style()).pieces())
+    source = open_source(given, Style(), skips_undecodable=True)
+    assert [piece.segments[0].text.strip() for piece in source.pieces()] == ["one", "zwölf"]
+    assert [name for name, _ in source.files] == ["a.txt", "d.txt"]
+    assert [path.name for path in source.left_out] == ["b.txt", "c.jsonl"]
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "d.txt").unlink()
+    with pytest.raises(UserError, match="No file of input=.* is UTF-8 text"):
+        open_source(given, Style(), skips_undecodable=True)
+
+
 def test_a_path_that_is_not_there_is_named_with_the_nearest(tmp_path):
     (tmp_path / "stories.jsonl").write_text("")
     with pytest.raises(UserError, match=r"no file, folder or pattern .*storys.jsonl'. Did you mean 'stories.jsonl'\?"):
