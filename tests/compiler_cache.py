@@ -24,8 +24,8 @@ WITHOUT_TEMPLATES = ["-fno-implicit-templates", "-fno-implicit-inline-templates"
 
 def main(compiler: str, folder: Path, arguments: list[str]) -> int:
     """Run `compiler` with `arguments`, or copy from `folder` what an equal run wrote."""
-    inputs = [Path(a) for a in arguments if a.endswith((".cpp", ".o")) and os.path.isfile(a)]
-    if "-o" not in arguments or "-E" in arguments or not inputs:  # a question, or a header
+    inputs = [Path(a) for a in arguments if a.endswith((".cpp", ".hpp", ".o")) and os.path.isfile(a)]
+    if "-o" not in arguments or not inputs:  # a question, or a header to precompile
         return run(compiler, arguments)
     output = Path(arguments[arguments.index("-o") + 1])
     kept = folder / key(compiler, arguments, inputs)
@@ -96,7 +96,7 @@ def run(compiler: str, arguments: Sequence[str], *, quiet: bool = False) -> int:
 
 def flags_key(compiler: str, arguments: Sequence[str]) -> str:
     """Names what files are compiled with."""
-    flags = [a for a in arguments if not a.endswith((".cpp", ".o", ".so"))]
+    flags = [a for a in arguments if not a.endswith((".cpp", ".hpp", ".o", ".so"))]
     return hashlib.sha256(repr((compiler, flags)).encode()).hexdigest()[:32]
 
 

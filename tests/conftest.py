@@ -3,12 +3,15 @@
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests import warm_python
 
 ROOT = str(Path(__file__).resolve().parents[1])
 
@@ -37,7 +40,7 @@ def share_compiled_code() -> "tempfile.TemporaryDirectory[str] | None":
     script.parent.mkdir(exist_ok=True)
     through_cache = f'"{sys.executable}" -IS "{ROOT}/tests/compiler_cache.py"'
     script.write_text(  # what is not kept needs no Python: versions, headers, weights
-        f'#!/bin/sh\ncase "$*" in *.cpp*|*.wrapper.o*) exec {through_cache} "$@";; esac\nexec "{compiler}" "$@"\n'
+        f'#!/bin/sh\ncase "$*" in *.[ch]pp*|*.wrapper.o*) exec {through_cache} "$@";; esac\nexec "{compiler}" "$@"\n'
     )
     script.chmod(0o755)
     folder = tempfile.TemporaryDirectory(prefix="substrate-tests-")
@@ -45,12 +48,27 @@ def share_compiled_code() -> "tempfile.TemporaryDirectory[str] | None":
     return folder
 
 
+def share_imports() -> "tuple[subprocess.Popen[bytes], tempfile.TemporaryDirectory[str]] | None":
+    """Let programs of all processes of the session start by `warm_python.py`."""
+    if sys.platform != "linux" or "TESTS_PYTHON" in os.environ:
+        return None
+    folder = tempfile.TemporaryDirectory(prefix="substrate-tests-")
+    server = warm_python.start(Path(folder.name))
+    os.environ["TESTS_PYTHON"] = f"{folder.name}/python"
+    return server, folder
+
+
 COMPILED_CODE = share_compiled_code()
+IMPORTS = share_imports()
 
 
 def pytest_unconfigure() -> None:
     if COMPILED_CODE is not None:
         COMPILED_CODE.cleanup()
+    if IMPORTS is not None:
+        server, folder = IMPORTS
+        with server, folder:  # its stdin is closed, at which it ends
+            pass
 
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50)

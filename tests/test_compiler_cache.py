@@ -101,6 +101,13 @@ def test_questions_go_to_the_compiler(session: Session, tmp_path: Path) -> None:
     assert not list(session.kept.iterdir())
 
 
+def test_a_header_is_preprocessed_once(session: Session) -> None:
+    """Each process that compiles asks for it, to see whether the precompiled one is of the same text."""
+    written = [session.compile(place, "#include <x.h>", "-E", name="header.hpp") for place in ("one", "two")]
+    assert written == [(0, "#INCLUDE <X.H>-E")] * 2
+    assert session.runs == 1
+
+
 def test_processes_of_this_session_compile_through_it() -> None:
     shown = subprocess.run(
         [sys.executable, "-c", "from torch._inductor.cpp_builder import get_cpp_compiler as c; print(c())"],

@@ -14,6 +14,7 @@ import pytest
 
 from apps.training.config import parse
 from apps.training.data import corpus
+from tests import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -81,7 +82,9 @@ def test_the_benchmarks_of_the_readme_run(tmp_path: Path) -> None:
 
 
 def python(script: str, *arguments: str) -> str:
-    ended = subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [warm_python.python(), ROOT / script, *arguments], capture_output=True, text=True, check=False
+    )
     assert ended.returncode == 0, f"{script} {arguments}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
     return ended.stdout
 
@@ -104,12 +107,13 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
             (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
             continue
         commands = block.replace("make test", "make --dry-run test")  # this very run
-        # The demo compiles as the reader's does, the rest as all tests do.
-        level = {"AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL": "O1"} if block.startswith("make demo\n") else {}
+        # The demo starts its programs as the reader's does, the rest as all tests do.
+        warm = {"PATH": f"{Path(warm_python.python()).parent}:{environment['PATH']}", "PYTHON": warm_python.python()}
+        own = {} if block.startswith("make demo\n") else warm
         ended = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", commands],
             cwd=folder,
-            env=environment | level,
+            env=environment | own,
             capture_output=True,
             text=True,
         )

@@ -14,6 +14,7 @@ import torch
 
 import modelzoo
 from apps.compress_llm import main
+from tests import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,7 +161,7 @@ def test_two_workers_write_what_one_writes(
 ) -> None:
     assert run(capsys, monkeypatch, arguments)[0] == 0
     two = arguments | {"output_dir": tmp_path / "two", "batch_size": 2}
-    command = [str(Path(sys.executable).with_name("mpirun")), "-np", "2", sys.executable, "apps/compress_llm.py"]
+    command = [str(Path(sys.executable).with_name("mpirun")), "-np", "2", warm_python.python(), "apps/compress_llm.py"]
     command += [f"{key}={value}" for key, value in two.items()]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300

@@ -4,7 +4,6 @@ import csv
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from apps.sweep import program
 from apps.sweeping import planning
 from apps.training.cli import run_main
+from tests import warm_python
 from tests.apps.sweeping.fakes import FakeRunner, write_run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "apps" / "sweep.py"
@@ -218,7 +218,7 @@ def test_it_is_not_started_by_a_launcher(sweep: Sweep, monkeypatch: pytest.Monke
 
 
 def started(given: dict[str, str], **options: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, str(SCRIPT), *(f"{key}={value}" for key, value in (given | options).items())]
+    words = [warm_python.python(), str(SCRIPT), *(f"{key}={value}" for key, value in (given | options).items())]
     return subprocess.run(words, capture_output=True, text=True, timeout=570, check=False)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from apps.training.reporting.output_folder import METRICS
+from tests import warm_python
 from tests.apps.test_train_llm import SCRIPT, arguments, losses, metrics, run
 from tests.apps.training.workers.launchers import command
 
@@ -16,7 +17,7 @@ STEP = {"training.gradient_accumulation_steps": "1", "training.batch_size": "2",
 
 def job(launcher: str, workers: int, settings: dict[str, str], **changes: str) -> subprocess.CompletedProcess[str]:
     changed = {key.replace("__", "."): value for key, value in changes.items()}
-    words = [*command(launcher, workers), str(SCRIPT), *arguments(settings | changed)]
+    words = [*command(launcher, workers, warm_python.python()), str(SCRIPT), *arguments(settings | changed)]
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return subprocess.run(words, env=os.environ | allowed, capture_output=True, text=True, timeout=180, check=False)
 

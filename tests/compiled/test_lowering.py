@@ -41,6 +41,19 @@ def test_a_joint_graph_splits_into_forward_and_backward_that_equal_autograd() ->
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+def test_a_region_compiles_as_it_does_for_a_user(tmp_path: Path) -> None:
+    """With the code around kernels optimised, which all other tests do without: see `conftest.py`."""
+    from torch._inductor import config
+
+    with lowering.quiet_torch():
+        graph = lowering.trace(gated, fakes((4, 3), (3, 3)))
+    plain = {"aot_inductor.compile_wrapper_opt_level": "O1", "aot_inductor.precompile_headers": False}
+    with config.patch(plain):
+        lowering.lower(graph, fakes((4, 3), (3, 3)), "cpu", tmp_path / "region")
+    x, weight = torch.randn(4, 3).double(), torch.randn(3, 3).double()
+    torch.testing.assert_close(lowering.load(tmp_path / "region", "cpu")([x, weight])[0], gated(x, weight)[0])
+
+
 def test_a_trace_holds_neither_metadata_checks_nor_dead_code() -> None:
     def cast(x: Tensor) -> tuple[Tensor, ...]:
         torch.exp(x)

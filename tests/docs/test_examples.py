@@ -3,10 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
@@ -15,7 +16,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES
 
 def run(name: str, folder: Path, *arguments: str) -> str:
     """What the example prints, started from another folder, in which it leaves nothing."""
-    command = [sys.executable, str(ROOT / "docs/examples" / name), *arguments]
+    command = [warm_python.python(), str(ROOT / "docs/examples" / name), *arguments]
     done = subprocess.run(command, cwd=folder, env=os.environ | OFFLINE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(folder.iterdir())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from apps.training import optimizers
 from apps.training.config_help import help_text
 from apps.training.config_schema import TrainConfig
+from tests import warm_python
 from tests.apps.training.optimizers.references import decoupled, optaxs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def test_the_page_from_start_to_end(tmp_path: Path) -> None:
     own_file(tmp_path)
     (tmp_path / "apps").symlink_to(ROOT / "apps")
     (commands,) = [block for language, block in BLOCKS if language == "bash"]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{Path(warm_python.python()).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     ended = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=tmp_path,

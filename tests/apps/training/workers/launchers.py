@@ -24,16 +24,17 @@ def find_openmpi() -> str | None:
     return None
 
 
-def command(launcher: str, workers: int) -> list[str]:
+def command(launcher: str, workers: int, python: str = sys.executable) -> list[str]:
     """The words before the program's; skips the test where the launcher is not installed."""
     if launcher == "mpich":
-        return [str(BESIDE_PYTHON / "mpirun"), "-np", str(workers), sys.executable]
+        return [str(BESIDE_PYTHON / "mpirun"), "-np", str(workers), python]
     if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers)]
+        run = [python, "-m", "torch.distributed.run", "--nproc-per-node", str(workers)]
+        return run if python == sys.executable else [*run, "--no-python", python]
     openmpi = find_openmpi()
     if openmpi is None:
         pytest.skip("no Open MPI on PATH")
-    return [openmpi, "--oversubscribe", "--bind-to", "none", "-np", str(workers), sys.executable]
+    return [openmpi, "--oversubscribe", "--bind-to", "none", "-np", str(workers), python]
 
 
 @dataclass(frozen=True)
