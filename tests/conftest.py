@@ -50,8 +50,8 @@ def share_compiled_code() -> "tempfile.TemporaryDirectory[str] | None":
 
 def share_imports() -> "tuple[subprocess.Popen[bytes], tempfile.TemporaryDirectory[str]] | None":
     """Let programs of all processes of the session start by `warm_python.py`."""
-    if sys.platform != "linux" or "TESTS_PYTHON" in os.environ:
-        return None
+    if sys.platform != "linux" or "TESTS_PYTHON" in os.environ or shutil.which("nvidia-smi"):
+        return None  # what asked a GPU's driver anything, as an import may, cannot be forked
     folder = tempfile.TemporaryDirectory(prefix="substrate-tests-")
     server = warm_python.start(Path(folder.name))
     os.environ["TESTS_PYTHON"] = f"{folder.name}/python"

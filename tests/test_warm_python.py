@@ -10,7 +10,9 @@ import pytest
 
 from tests import warm_python
 
-pytestmark = pytest.mark.skipif("TESTS_PYTHON" not in os.environ, reason="not on Linux: programs start as anywhere")
+pytestmark = pytest.mark.skipif(
+    "TESTS_PYTHON" not in os.environ, reason="not on Linux, or beside a GPU: each starts itself"
+)
 
 PROGRAM = """
 import os, signal, sys, time
