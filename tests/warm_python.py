@@ -44,11 +44,11 @@ def start(folder: Path) -> "subprocess.Popen[bytes]":
     )
     assert server.stdout is not None
     server.stdout.readline()
-    script = folder / "python"
-    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{__file__}" "{address}" "$@"\n')
-    script.chmod(0o755)
-    for name in ("mpirun", "torchrun"):  # looked for beside Python
-        (folder / name).symlink_to(Path(sys.executable).with_name(name))
+    beside = {name: f'"{Path(sys.executable).with_name(name)}"' for name in ("mpirun", "torchrun")}  # looked for there
+    for name, words in ({"python": f'"{sys.executable}" -IS "{__file__}" "{address}"'} | beside).items():
+        script = folder / name
+        script.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        script.chmod(0o755)
     return server
 
 

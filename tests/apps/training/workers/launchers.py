@@ -50,9 +50,11 @@ class Ended:
         return [line for line in self.err.splitlines() if line.startswith("error: ") or line == "interrupted"]
 
 
-def start(launcher: str, *arguments: str, workers: int = 2, **environ: str) -> subprocess.Popen[str]:
+def start(
+    launcher: str, *arguments: str, workers: int = 2, python: str = sys.executable, **environ: str
+) -> subprocess.Popen[str]:
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return start_words([*command(launcher, workers), str(LOOP), *arguments], allowed | environ)
+    return start_words([*command(launcher, workers, python), str(LOOP), *arguments], allowed | environ)
 
 
 def start_words(words: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[str]:
@@ -73,5 +75,5 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> Ended:
     return Ended(process.returncode, out, err, time.monotonic() - begin)
 
 
-def run(launcher: str, *arguments: str, workers: int = 2, **environ: str) -> Ended:
-    return finish(start(launcher, *arguments, workers=workers, **environ))
+def run(launcher: str, *arguments: str, workers: int = 2, python: str = sys.executable, **environ: str) -> Ended:
+    return finish(start(launcher, *arguments, workers=workers, python=python, **environ))

@@ -8,6 +8,7 @@ import torch
 
 from apps.training.workers.group import Workers, open_workers
 from apps.training.workers.launch import Launch
+from tests import warm_python
 from tests.apps.training.workers.launchers import finish, run, start
 
 LAUNCHERS = ["mpich", "torchrun", "openmpi"]
@@ -33,7 +34,7 @@ def test_one_worker_keeps_its_exceptions() -> None:
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_workers_sum_and_only_the_first_prints(launcher: str) -> None:
-    ended = run(launcher, "well", "0")
+    ended = run(launcher, "well", "0", python=warm_python.python())
     assert ended.code == 0, ended.err
     # 2 workers add 2^59 each: exact far beyond what a double holds. 12 steps of 1 + 2.
     expected = ["rank 0 prints", "text: of rank 0", f"count {2**60}, total 36, steps 12, saved"]
@@ -44,7 +45,7 @@ def test_workers_sum_and_only_the_first_prints(launcher: str) -> None:
 
 def test_there_may_be_more_workers_than_cores() -> None:
     workers = (os.cpu_count() or 1) + 1
-    ended = run("mpich", "well", "0", "3", workers=workers)
+    ended = run("mpich", "well", "0", "3", workers=workers, python=warm_python.python())
     assert ended.code == 0, ended.err
     assert f"total {3 * sum(range(1, workers + 1))}, steps 3" in ended.out
 
