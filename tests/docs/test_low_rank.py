@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import pytest
 from apps.compression.settings import CompressSettings
 from apps.training.config import parse, parse_dataclass
 from benchmarks import low_rank, low_rank_report
-from tests import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(
@@ -77,13 +77,7 @@ def test_the_table_marks_the_lowest_and_says_what_was_lost(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Path) -> None:
-    command = [
-        warm_python.python(),
-        "benchmarks/low_rank.py",
-        f"out={tmp_path}/study",
-        f"models={tiny_shape}",
-        "steps=8",
-    ]
+    command = [sys.executable, "benchmarks/low_rank.py", f"out={tmp_path}/study", f"models={tiny_shape}", "steps=8"]
     command += ["tune=2", "tokens=256", "keeps=0.5", "methods=mimic", "allocations=spectrum", "jobs=1", "length=32"]
     command += [f"input={ROOT}/docs/*.md", "vocabulary=300", "compile.target=eager", "compile.arch=cpu"]
     first, second = (
@@ -98,7 +92,7 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
     assert found.keys() == {f"{tiny_shape.name}-dense", name}
     assert all(100 < value < 400 for figures in found.values() for value in figures.values())  # 300 tokens
 
-    command = [warm_python.python(), "benchmarks/low_rank_seeds.py", f"dataset={tmp_path}/study/dataset", "length=32"]
+    command = [sys.executable, "benchmarks/low_rank_seeds.py", f"dataset={tmp_path}/study/dataset", "length=32"]
     command += [f"model={tmp_path}/study/runs/{tiny_shape.name}-dense", "tokens=256", "batch=4", "tune=2", "keeps=0.5"]
     command += ["seeds=1,2", "variants=svd_llm,mimic_dense,mimic_frozen,svd_llm_singular"]
     seeds = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True)
@@ -136,7 +130,7 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
 )
 def test_a_mistake_in_a_benchmarks_settings_is_one_line(script: str, given: list[str], told: str) -> None:
     done = subprocess.run(
-        [warm_python.python(), f"benchmarks/{script}.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, f"benchmarks/{script}.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {told}")
@@ -147,7 +141,7 @@ def test_a_mistake_in_a_benchmarks_settings_is_one_line(script: str, given: list
 def test_the_time_of_a_compression_is_told(tiny_shape: Path) -> None:
     settings = f"config_name={tiny_shape} rows=4 length=16 batch_size=2 dtype=float32 device=cpu allocation=spectrum"
     done = subprocess.run(
-        [warm_python.python(), "benchmarks/compress_speed.py", *settings.split()],
+        [sys.executable, "benchmarks/compress_speed.py", *settings.split()],
         cwd=ROOT, capture_output=True, text=True, timeout=200, check=True,
     )  # fmt: skip
     told = json.loads(done.stdout)
