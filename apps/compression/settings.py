@@ -22,7 +22,7 @@ class CompressionSettings:
     keep: float | None = setting(None, "share of the layers' numbers to keep, above 0, at most 1")
     ranks: Any = setting(None, "rank by layer name or its end: '{q_proj: 384, o_proj: 384}'")
     allocation: Literal["uniform", "spectrum"] = setting(
-        "uniform", "of keep: the same share of each layer, or where it removes most error"
+        "uniform", "of keep: the same share of each layer, or where it spares the residual stream most"
     )
     match: list[str] | None = setting(None, "layers by name, end of name or glob; null: all linears of the blocks")
     inputs: Literal["compressed", "dense"] = setting(
