@@ -19,7 +19,7 @@ from modelzoo.compression.methods import Factors, balanced, eigh, principal_outp
 from modelzoo.compression.moments import TargetMoments
 
 # of the mean eigenvalue of Cov(x′); docs/lab-notes.md, "Low rank", has what other shares did
-RIDGE = 0.03
+RIDGE = 0.003
 
 
 def regress(weight: Tensor, bias: Tensor | None, targets: TargetMoments, rank: int, *, ridge: float = RIDGE) -> Factors:
