@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from apps.training.cli import run_main  # noqa: E402
-from backends.errors import UserError  # noqa: E402
+from backends.errors import UserError, unknown  # noqa: E402
 from benchmarks.low_rank_report import DENSE, Figures, Found, picture, table  # noqa: E402
 from benchmarks.own_settings import own_settings  # noqa: E402
 
@@ -45,7 +45,28 @@ OWN = {
     "processes": "1",
     "part": "",  # 0/6: the first of six processes
 }
+KNOWN = ("svd", "asvd", "svd_llm", "mimic", "mimic_dense")  # the last: mimic with compress.targets=dense
 Case = tuple[str, str, str]  # method, allocation, keep
+
+
+def checked(own: dict[str, str]) -> dict[str, str]:
+    """The settings; UserError for one that no process could use."""
+    for name in ("model", "dataset"):
+        if not own[name] and own["processes"] != "0":
+            raise UserError(f"{name} is not given. Expected {name}=DIR, see the first lines of this file.")
+    for name in ("length", "tokens", "batch", "tune", "processes", "seeds", "tune_lrs", "keeps"):
+        for each in own[name].split(","):
+            try:
+                float(each) if name in ("tune_lrs", "keeps") else int(each)
+            except ValueError:
+                raise UserError(f"{name}={own[name]}: '{each}' is no number. Expected e.g. {OWN[name]}.") from None
+    for method in own["methods"].split(","):
+        if method not in KNOWN:
+            raise unknown("method", method, KNOWN)
+    for allocation in own["allocations"].split(","):
+        if allocation not in ("uniform", "spectrum"):
+            raise unknown("allocation", allocation, ("uniform", "spectrum"))
+    return own
 
 
 def cases_of(own: dict[str, str]) -> list[Case]:
@@ -104,7 +125,7 @@ def figures_of(own: dict[str, str], case: Case) -> Figures:
 
 
 def program(argv: Sequence[str]) -> None:
-    own = own_settings(OWN, argv)
+    own = checked(own_settings(OWN, argv))
     cases = cases_of(own)
     missing = [case for case in cases if not file_of(own, case).exists()]
     Path(own["out"]).mkdir(parents=True, exist_ok=True)

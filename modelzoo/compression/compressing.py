@@ -235,9 +235,9 @@ def _choose(
                 raise UserError(f"compress.ranks gives layer '{name}' rank {rank}. Expected 1 to {limit}.")
         return given_ranks(shapes, by_layer)
     assert keep is not None
-    if allocation == "uniform":
-        return uniform_ranks(shapes, keep)
     require_keep(keep)
+    if allocation == "uniform" or keep == 1:
+        return uniform_ranks(shapes, keep)
     return spectrum_ranks(shapes, *spectra_of(model, blocks, shapes, batches, keep, sum_), keep)
 
 

@@ -125,6 +125,9 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
     [
         ("low_rank_seeds", ["modle=x"], "Unknown setting 'modle'. Did you mean 'model'?"),
         ("low_rank_seeds", ["model=x"], "dataset is not given. Expected dataset=DIR"),
+        ("low_rank_rates", ["dataset=x"], "model is not given. Expected model=DIR"),
+        ("low_rank_rates", ["model=x", "dataset=y", "processes=two"], "processes=two: 'two' is no number."),
+        ("low_rank_rates", ["model=x", "dataset=y", "methods=svdllm"], "Unknown method 'svdllm'. Did you mean"),
         ("compress_speed", ["rows"], "Setting rows has no value. Expected rows=VALUE."),
     ],
 )
