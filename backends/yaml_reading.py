@@ -1,9 +1,8 @@
 """YAML as people write settings: `1e-4` is a number, a key given twice is a mistake, errors fit on one line."""
 
 import re
+from functools import cache
 from typing import Any
-
-import yaml
 
 from backends.errors import UserError
 
@@ -12,23 +11,30 @@ FLOAT = "tag:yaml.org,2002:float"
 EXPONENT = re.compile(r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
-class Loader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+@cache
+def _loader() -> Any:
+    import yaml  # where it is needed: --help reads none, and has to be quick
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    problem = f"key '{key.value}' is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
 
-Loader.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))
+    Loader.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))
+    return Loader
 
 
 def parse_yaml(text: str, origin: str) -> Any:
     """The value that `text` spells; UserError naming `origin` and the place when it is not YAML."""
+    import yaml
+
     try:
-        return yaml.load(text, Loader)  # a SafeLoader: builds plain values only
+        return yaml.load(text, _loader())  # a SafeLoader: builds plain values only
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

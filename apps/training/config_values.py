@@ -5,9 +5,6 @@ import json
 import math
 from typing import Any, get_origin
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from apps.training.config_arguments import Assignment
 from apps.training.config_keys import Key
 from backends.errors import UserError, did_you_mean
@@ -27,6 +24,13 @@ def convert(key: Key, item: Assignment) -> Any:
         if key.choices and value not in key.choices:
             raise _wrong_value(key, item)
         return value
+    return _checked_by_omegaconf(key, item, value)
+
+
+def _checked_by_omegaconf(key: Key, item: Assignment, value: Any) -> Any:
+    from omegaconf import OmegaConf  # a fifth of the time that --help takes, which reads no value
+    from omegaconf.errors import OmegaConfBaseException
+
     # omegaconf has no unions with a mapping in them
     mappings = [kind for kind in key.members if get_origin(kind) is dict and isinstance(value, dict)]
     box = OmegaConf.structured(dataclasses.make_dataclass("Box", [("value", mappings[0] if mappings else key.type)]))

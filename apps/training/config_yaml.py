@@ -1,21 +1,12 @@
 """YAML files of settings in, and out again."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from backends.errors import UserError
 from backends.yaml_reading import EXPONENT, FLOAT, parse_yaml
-
-
-class Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:  # equal lists are written out, not as &id001 and *id001
-        return True
-
-
-Dumper.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))  # what only looks like a number is quoted
 
 
 def read_yaml_mapping(path: str) -> dict[str, Any]:
@@ -33,7 +24,21 @@ def read_yaml_mapping(path: str) -> dict[str, Any]:
 
 def write_yaml(value: dict[str, Any]) -> str:
     """`value` as YAML, in its own order and in ASCII: PyYAML reads some of the line breaks it writes back as blanks."""
-    return yaml.dump(value, Dumper=Dumper, sort_keys=False, width=120)
+    import yaml
+
+    return yaml.dump(value, Dumper=_dumper(), sort_keys=False, width=120)
+
+
+@cache
+def _dumper() -> Any:
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:  # equal lists are written out, not as &id001 and *id001
+            return True
+
+    Dumper.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))  # what only looks like a number is quoted
+    return Dumper
 
 
 def written(value: Any) -> str:
