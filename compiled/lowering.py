@@ -25,6 +25,7 @@ from backends.kernels.in_capture import kernels_in_capture
 from compiled.dear_activations import compute_cheap_ones_again
 from compiled.lowering_cuda import load_cuda, lower_cuda
 from compiled.lowering_products import any_weight, give_to_onednn
+from compiled.lowering_speed import without_repetition
 from compiled.output_strides import keeping_output_strides
 from compiled.regions import RunFunction
 from compiled.residual_gradients import join_residual_gradients
@@ -195,6 +196,7 @@ def lower(
             options |= {"trace.enabled": True, "trace.debug_dir": str(debug)}
         stack.enter_context(config.patch(options))
         stack.enter_context(quiet_torch())
+        stack.enter_context(without_repetition())
         if device_type == "cuda":
             lower_cuda(graph, inputs, path, device_turns or contextlib.nullcontext())
         else:
