@@ -184,6 +184,15 @@ def _of_shape(y: Tensor, shape: tuple[int, ...], backend: Backend, operation: st
     return y
 
 
+def unfuse(model: nn.Module) -> None:
+    """Have torch's own encoder layers call their linears in evaluation too: fused, they read the weights themselves."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # the fused path asks for one of the two
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # made for fused layers, and looks at their weights
+
+
 def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`x` in `dtype`; None: as it is."""
     return x if dtype is None or x.dtype == dtype else x.to(dtype)

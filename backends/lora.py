@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from backends.errors import UserError
-from backends.layers import BackendLinear
+from backends.layers import BackendLinear, unfuse
 from backends.routing import layers_of
 from backends.routing_rules import HEAD, is_head
 from backends.routing_table import shorten
@@ -59,6 +59,7 @@ def add_lora(
     model.requires_grad_(False)
     for parameter in norms.values():
         parameter.requires_grad_(True)
+    unfuse(model)
     for name, layer in layers.items():
         if not isinstance(layer, BackendLinear):
             layer = BackendLinear.adopt(layer)

@@ -15,7 +15,7 @@ from torch import nn
 from backends import load
 from backends.base import Backend
 from backends.errors import UserError
-from backends.layers import BackendAttention, BackendLinear
+from backends.layers import BackendAttention, BackendLinear, unfuse
 from backends.routing_errors import takes_nothing
 from backends.routing_rules import LayerInfo, Rule, is_head
 from backends.routing_table import backend_text, routed_table
@@ -132,10 +132,7 @@ def route(
         lengths = (getattr(config, name, None) for name in ("max_seq_length", "max_position_embeddings"))
         sequence_length = next((length for length in lengths if length), 0)
     planned = plan(layers_of(model, sequence_length), rules, default)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            # In evaluation PyTorch fuses this layer and reads the weights past our linears; 0 turns that off.
-            module.activation_relu_or_gelu = 0
+    unfuse(model)
     for one in planned.routes:
         for name in one.layers:
             layer = model.get_submodule(name)

@@ -95,6 +95,17 @@ def test_bfloat16_weights_are_summed_in_float32_and_rounded_once():
     assert relative(layer.effective_weight().double(), exact) < 1e-6
 
 
+def test_torchs_own_encoder_layer_has_its_updates_in_evaluation_too():
+    """Its fused evaluation path would read the weights past the linears."""
+    torch.manual_seed(0)
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), torch.randn(2, 5, 8)
+    add_lora(layer, 4, match=["linear1", "linear2"])
+    with torch.no_grad():
+        for part in lora_layers(layer).values():
+            part.lora_B.normal_()
+        torch.testing.assert_close(layer.eval()(x), layer.train()(x))
+
+
 # ---- what is trained -------------------------------------------------------------------------------------------
 
 

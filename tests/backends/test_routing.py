@@ -236,6 +236,19 @@ def test_torchs_own_encoder_layer_computes_with_the_backend_in_evaluation_too():
         assert not torch.equal(layer(x), dense), "the uncalibrated backend was not asked"
 
 
+def test_torchs_own_encoder_takes_padding_in_evaluation():
+    """Its nested tensors are made for fused layers only."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model, x = nn.TransformerEncoder(layer, 1), torch.randn(2, 5, 8)
+    route(model, [{"match": "*.linear1", "use": "lowrank", "rank": 3}])
+    padding = torch.arange(5) >= torch.tensor([[5], [3]])
+    with torch.no_grad():
+        evaluated = model.eval()(x, src_key_padding_mask=padding)
+        trained = model.train()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(evaluated, trained)
+
+
 def test_a_mistake_leaves_the_model_as_it_was():
     model = TinyTransformer()
     with pytest.raises(UserError):
