@@ -52,13 +52,9 @@ class BackendLinear(Stateful, nn.Linear):
 
         `parameters`: what it is to store, instead of what it would make of the weight.
         """
-        if self.stored is None:
-            self._store_parameters_of(backend, parameters)
-        elif backend != self.backend:
-            raise UserError(
-                f"This layer already stores {', '.join(self.stored)} for backend {self.backend}, so it cannot "
-                f"change to {backend}. Start from the dense checkpoint."
-            )
+        shapes = shapes_stored(self, backend)
+        if self.stored is None and shapes is not None:
+            self._store(backend, shapes, parameters)
         self.backend = backend
         self.set_state(backend.linear_state(self.in_features, self.out_features), device_of(self))
 
@@ -98,15 +94,9 @@ class BackendLinear(Stateful, nn.Linear):
         rank = "" if self.lora_alpha is None else f", lora={self.lora_A.shape[0]}"
         return f"{super().extra_repr()}, backend={self.backend}{rank}"
 
-    def _store_parameters_of(self, backend: Backend, given: Mapping[str, Tensor] | None) -> None:
-        shapes = backend.parameter_spec(self.in_features, self.out_features, self.bias is not None)
-        if shapes is None:
-            return
-        if self.lora_alpha is not None:
-            raise UserError(
-                f"This layer has a low-rank update (LoRA) of its weight, and backend {backend} stores "
-                f"{', '.join(shapes)} instead of a weight. Merge the update first, or use another backend."
-            )
+    def _store(
+        self, backend: Backend, shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor] | None
+    ) -> None:
         bias = None if self.bias is None else self.bias.detach()
         tensors = backend.initial_parameters(self.weight.detach(), bias) if given is None else given
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # as regions expect parameters
@@ -118,6 +108,25 @@ class BackendLinear(Stateful, nn.Linear):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=trained))
         self.stored = shapes
+
+
+def shapes_stored(layer: nn.Linear, backend: Backend) -> Mapping[str, tuple[int, ...]] | None:
+    """What `layer` stores in place of weight and bias for `backend`, None: these. UserError where it cannot."""
+    ours = layer if isinstance(layer, BackendLinear) else None
+    if ours is not None and ours.stored is not None:
+        if backend != ours.backend:
+            raise UserError(
+                f"This layer already stores {', '.join(ours.stored)} for backend {ours.backend}, so it cannot "
+                f"change to {backend}. Start from the dense checkpoint."
+            )
+        return ours.stored
+    shapes = backend.parameter_spec(layer.in_features, layer.out_features, layer.bias is not None)
+    if shapes is not None and ours is not None and ours.lora_alpha is not None:
+        raise UserError(
+            f"This layer has a low-rank update (LoRA) of its weight, and backend {backend} stores "
+            f"{', '.join(shapes)} instead of a weight. Merge the update first, or use another backend."
+        )
+    return shapes
 
 
 class BackendAttention(Stateful):

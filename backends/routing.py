@@ -15,7 +15,7 @@ from torch import nn
 from backends import load
 from backends.base import Backend
 from backends.errors import UserError
-from backends.layers import BackendAttention, BackendLinear, unfuse
+from backends.layers import BackendAttention, BackendLinear, shapes_stored, unfuse
 from backends.routing_errors import takes_nothing
 from backends.routing_rules import LayerInfo, Rule, is_head
 from backends.routing_table import backend_text, routed_table
@@ -132,6 +132,7 @@ def route(
         lengths = (getattr(config, name, None) for name in ("max_seq_length", "max_position_embeddings"))
         sequence_length = next((length for length in lengths if length), 0)
     planned = plan(layers_of(model, sequence_length), rules, default)
+    _require_possible(model, planned)
     unfuse(model)
     for one in planned.routes:
         for name in one.layers:
@@ -163,6 +164,19 @@ def layers_of(model: nn.Module, sequence_length: int = 0) -> dict[str, LayerInfo
                 kind="attention", in_features=width, out_features=width, parameters=0, flops_per_token=flops
             )
     return found
+
+
+def _require_possible(model: nn.Module, planned: Plan) -> None:
+    """Whether each layer can store what its backend asks for, before the first one is changed."""
+    for one in planned.routes:
+        for name in one.layers:
+            layer = model.get_submodule(name)
+            if not isinstance(layer, nn.Linear):
+                continue
+            try:
+                shapes_stored(layer, one.backend)
+            except UserError as error:
+                raise UserError(f"{Rule(one.match, one.backend.name)}, layer '{name}': {error}") from error
 
 
 def _linear_info(layer: nn.Linear) -> LayerInfo:

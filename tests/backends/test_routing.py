@@ -255,3 +255,22 @@ def test_a_mistake_leaves_the_model_as_it_was():
         route(model, [{"match": "*.mlp.*", "use": SCALED}, {"match": "*.nothing", "use": "dense"}])
     assert type(model.lm_head) is nn.Linear
     assert {type(module.backend).__name__ for module in model.modules() if hasattr(module, "backend")} == {"Dense"}
+
+
+def test_a_layer_that_cannot_store_what_a_rule_asks_for_is_named_before_any_other_has_lost_its_weight():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    weight = model[0].weight
+    with pytest.raises(UserError, match=r"^Routing rule '\*', layer '1': Backend lowrank has rank=4 for a layer"):
+        route(model, [{"match": "*", "use": "lowrank", "rank": 4}])
+    with pytest.raises(UserError, match=r"^The default backend, layer '1': Backend lowrank has rank=4"):
+        route(model, default={"use": "lowrank", "rank": 4})
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert model[0].weight is weight
+
+
+def test_a_layer_that_stores_for_another_backend_is_named_before_any_other_is_changed():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    route(model, [{"match": "1", "use": "lowrank", "rank": 4}])
+    with pytest.raises(UserError, match=r"^Routing rule '\*', layer '1': This layer already stores weight_in"):
+        route(model, [{"match": "*", "use": SCALED}])
+    assert model[0].backend.name == "dense"
