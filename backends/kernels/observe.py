@@ -16,6 +16,8 @@ def extremes(x: Tensor, attended: Tensor | None = None) -> Range:
 
     Without any, (∞, −∞). A NaN in x gives NaN.
     """
+    if x.numel() == 0:
+        return Range(x.new_full((), torch.inf, dtype=torch.float32), x.new_full((), -torch.inf, dtype=torch.float32))
     if attended is None:
         low, high = x.aminmax()
     else:
@@ -29,8 +31,11 @@ def quantiles(x: Tensor, levels: tuple[float, float], key: Key, attended: Tensor
 
     Above 2¹⁴ elements, 2¹⁴ of them are drawn at random with replacement (n below; those not `attended` are left out).
     The part of x below the returned value has then the binomial standard error √(p (1 − p) / n) around the level p:
-    0.0008 at p = 0.99, 0.0004 at p = 0.999, whatever the size of x. Sorting and memory stay bounded.
+    0.0008 at p = 0.99, 0.0004 at p = 0.999, whatever the size of x. Sorting and memory stay bounded. A NaN in x
+    gives NaN, and so does no element at all.
     """
+    if x.numel() == 0:
+        return Range(*x.new_full((2,), torch.nan, dtype=torch.float32).unbind())
     flat = x.reshape(-1)
     chosen = None if attended is None else attended.expand(x.shape).reshape(-1)
     if flat.numel() > SAMPLE_SIZE:

@@ -137,3 +137,21 @@ def test_broken_numbers_reach_the_result_and_not_the_ranges():
     assert layer.x_max == pytest.approx(float(before["x_max"]))
     assert all(buffer.isfinite() for buffer in layer.buffers())
     assert layer(x).isfinite().all()
+
+
+@pytest.mark.parametrize("span", [None, (0.01, 0.99)])
+def test_an_input_without_rows_leaves_the_ranges_and_gives_weights_a_gradient_of_zeros(span):
+    """An expert without tokens makes one."""
+    layer = linear_layer(q_quantiles=span)
+    names = [f"{tensor}_{end}" for tensor in ("x", "out") for end in ("min", "max")]
+    for x in (torch.empty(0, 6), torch.randn(7, 6), torch.empty(2, 0, 6)):
+        before = [layer.get_buffer(name).clone() for name in names]
+        layer.zero_grad()
+        y = layer(x)
+        y.sum().backward()
+        assert y.shape == (*x.shape[:-1], 4)
+        if x.numel() == 0:
+            assert [layer.get_buffer(name) for name in names] == before
+            assert all(not parameter.grad.any() for parameter in layer.parameters())
+    assert layer.eval()(torch.empty(0, 6)).shape == (0, 4)
+    assert torch.isfinite(layer.eval()(torch.randn(3, 6))).all()

@@ -60,6 +60,14 @@ def test_quantiles_of_nothing_and_of_nan_are_nan():
     assert all(end.isnan() for end in quantiles(torch.tensor([1.0, math.nan]), (0.1, 0.9), KEY))
 
 
+def test_an_empty_tensor_has_no_range():
+    x = torch.zeros(0, 7, dtype=torch.bfloat16)
+    for attended in (None, torch.ones(1, 7, dtype=torch.bool)):
+        assert extremes(x, attended) == (math.inf, -math.inf)
+        assert all(end.isnan() for end in quantiles(x, (0.1, 0.9), KEY, attended))
+    assert {(end.dtype, end.shape) for end in (*extremes(x), *quantiles(x, (0.1, 0.9), KEY))} == {(torch.float32, ())}
+
+
 def test_a_range_follows_what_is_seen_as_a_plain_loop_says():
     seen = [4.0, 8.0, math.nan, -2.0, math.inf, 3.0]
     expected, end = None, torch.tensor(math.inf)
