@@ -146,7 +146,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     print(f"Dataset: {loader.description()}")
     print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}\n{groups_table(plan.groups)}")
     print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
-    if resumed.step >= count.total and (output / "report.html").exists():
+    if goes_on_in_place(config, checkpoint) and resumed.step >= count.total and (output / "report.html").exists():
         print(f"All {count.total} steps were taken: {checkpoint}. Nothing is left to do.")
         return 0
 

@@ -71,7 +71,7 @@ def resumed_settings(argv: Sequence[str], config: TrainConfig) -> tuple[TrainCon
     path = _chosen(config)
     if path is None:
         return config, None
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))["state"]
+    state = _state_of(path)
     stored = _without(state["settings"], OF_ONE_START)
     resumed = parse(argv, base=stored, base_name=str(path))
     given = given_paths(argv)
@@ -174,5 +174,18 @@ def run_folders(config: TrainConfig) -> dict[str, Path]:
 
 
 def goes_on_in_place(config: TrainConfig, checkpoint: Path | None) -> bool:
-    """Whether `checkpoint` is this run's own: the output folder then holds the same run, up to where it was ended."""
-    return checkpoint is not None and checkpoint.parent.resolve() == save_folder(config).resolve()
+    """Whether the output folder holds the run of `checkpoint`, up to where it was ended.
+
+    The checkpoint is this run's own, and its run wrote there: it names the folder, or lies in it (moved with it).
+    """
+    own, output = save_folder(config).resolve(), Path(config.training.output_dir).resolve()
+    if checkpoint is None or checkpoint.parent.resolve() != own:
+        return False
+    written = Path(_state_of(checkpoint)["settings"]["training"]["output_dir"])
+    return own.is_relative_to(output) or written.resolve() == output
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any]:
+    """What the run wrote of itself: its settings, and what makes it this run."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))["state"]
+    return state

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 
-from apps.training.checkpointing.resume import require_same_run, resumed_settings, save_folder
+from apps.training.checkpointing.resume import (
+    goes_on_in_place,
+    require_same_run,
+    resumed_settings,
+    save_folder,
+)
 from apps.training.config import parse, to_mapping
 from apps.training.config_schema import TrainConfig
 from backends.errors import UserError
@@ -199,6 +204,24 @@ def test_going_on_again_and_again_with_the_same_command(saved: tuple[list[str], 
     config, _ = resumed(*argv)
     save(folder, 15, state={"settings": to_mapping(config), "run": {"global_batch_size": 8}})
     assert resumed(*argv) == (config, folder / "iter_15")
+
+
+def test_only_the_folder_that_its_run_wrote_is_gone_on_with_in_place(tmp_path: Path) -> None:
+    argv = [*FIRST, "training.resume=auto", f"checkpoint.save_path={tmp_path}/saved"]
+    ours, others = f"training.output_dir={tmp_path}/ours", f"training.output_dir={tmp_path}/others"
+    state = {"settings": to_mapping(parse([*argv, ours])), "run": {"global_batch_size": 8}}
+    save(tmp_path / "saved", 5, state=state)
+    assert goes_on_in_place(*resumed(*argv, ours))
+    assert not goes_on_in_place(*resumed(*argv, others))
+    assert not goes_on_in_place(parse([*argv, ours]), None)
+
+
+def test_a_folder_that_was_moved_with_its_checkpoints_is_gone_on_with_in_place(
+    saved: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").rename(tmp_path / "moved")
+    argv = [*saved[0][:-1], f"training.output_dir={tmp_path}/moved"]
+    assert goes_on_in_place(*resumed(*argv, "training.resume=auto"))
 
 
 RUN = {"model": {"layers": 2, "width": 8}, "optimizer": {"name": "adamw"}, "precision": {"master": "none"}}
