@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apps.training.checkpointing.manifest import STATE, complete_checkpoint, newest_complete
+from apps.training.checkpointing.manifest import STATE, checkpoint_folders, complete_checkpoint, flaw, newest_complete
 from apps.training.config import given_paths, parse, to_mapping
 from apps.training.config_rules import without_origins
 from apps.training.config_schema import TrainConfig
@@ -111,10 +111,22 @@ def is_free(path: str) -> bool:
 def _chosen(config: TrainConfig) -> Path | None:
     own = save_folder(config)
     found = newest_complete(own) if config.training.resume == "auto" else None
+    if found is None and config.training.resume == "auto" and not config.training.overwrite_output_dir:
+        _require_none(own)
     if found is not None or not config.checkpoint.load:
         return found
     load_path = config.checkpoint.load_path
     return complete_checkpoint(own if load_path is None else Path(load_path))
+
+
+def _require_none(folder: Path) -> None:
+    """UserError when all that a run has saved in `folder` is damaged: to start anew is not to be done unasked."""
+    damaged = checkpoint_folders(folder)
+    if damaged:
+        raise UserError(
+            f"Of the checkpoints in {folder} none is complete, {damaged[0].name} for one: {flaw(damaged[0])} "
+            f"Put back what it lacks, or start anew by moving {folder} away or by training.overwrite_output_dir=true."
+        )
 
 
 def _require_equal(path: Path, given: Sequence[str], now: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

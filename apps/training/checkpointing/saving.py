@@ -155,7 +155,8 @@ class Saver:
         require_room(self.folder, self.nbytes, "checkpoint.save_path")
         require_no_later(self.folder, resumed_step, overwrite=self.overwrite)
         clean(self.folder)
-        remove_later(self.folder, resumed_step)
+        if self.overwrite:  # otherwise the later ones are damaged; a person may yet mend one, and ours replaces it
+            remove_later(self.folder, resumed_step)
 
     def on_queued(self, step: int) -> bool:
         """The device has been given `step` and nothing behind it: copy it, if it is to be saved.

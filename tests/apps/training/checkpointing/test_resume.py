@@ -101,6 +101,19 @@ def test_without_a_checkpoint_resume_auto_starts(tmp_path: Path) -> None:
         resumed(*argv, "checkpoint.load=true")
 
 
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_anew_unasked(tmp_path: Path) -> None:
+    argv = [*FIRST[:-2], f"training.output_dir={tmp_path}/out", "training.resume=auto"]
+    save(tmp_path / "out" / "checkpoints", 5, state={"settings": to_mapping(parse(argv)), "run": {}})
+    with (tmp_path / "out" / "checkpoints" / "iter_5" / "metrics.csv").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(
+        UserError, match=r"none is complete, iter_5 for one: metrics\.csv was altered: .*overwrite_output"
+    ):
+        resumed(*argv)
+    overwrite = [*argv, "training.overwrite_output_dir=true"]
+    assert resumed(*overwrite) == (parse(overwrite), None)
+
+
 def test_off_means_off(saved: tuple[list[str], Path]) -> None:
     assert resumed(*saved[0]) == (parse(saved[0]), None)
 

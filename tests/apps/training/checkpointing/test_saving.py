@@ -6,22 +6,23 @@ from typing import Any
 
 import pytest
 
+from apps.training.checkpointing.manifest import newest_complete
 from apps.training.checkpointing.reading import newest
 from apps.training.checkpointing.saving import Resumed, Saver
 from apps.training.config import parse
 from apps.training.workers.group import Workers
-from tests.apps.training.checkpointing.toys import ToyModel, ToyProgram, records
+from tests.apps.training.checkpointing.toys import ToyModel, ToyProgram, records, save
 
 
 @pytest.fixture
 def make_saver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("apps.training.checkpointing.saving.static_files", lambda *_: {"config.json": b"{}"})
 
-    def make(last_step: int, *settings: str, workers: Workers | None = None) -> Saver:
+    def make(last_step: int, *settings: str, workers: Workers | None = None, resumed_step: int = 0) -> Saver:
         config = parse(["command=run", f"training.output_dir={tmp_path}", "checkpoint.save=true", *settings])
         model = ToyModel()
         saver = Saver(config, {"seed": 1}, model, ToyProgram(model), None, workers or Workers.solo(), last_step)
-        saver.start(0)
+        saver.start(resumed_step)
         return saver
 
     return make
@@ -85,3 +86,16 @@ def test_what_is_on_its_way_is_complete_once_it_has_settled(make_saver: Any, tmp
     found = newest(tmp_path / "checkpoints")
     assert found is not None
     assert found.step == 3
+
+
+@pytest.mark.parametrize(("overwrite", "left"), [("false", {2, 6}), ("true", {2})])
+def test_a_later_checkpoint_that_is_damaged_is_removed_only_when_asked(
+    make_saver: Any, tmp_path: Path, overwrite: str, left: set[int]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 2, 6)
+    (folder / "iter_6" / "metrics.csv").write_text("")
+    saver = make_saver(8, f"training.overwrite_output_dir={overwrite}", resumed_step=2)
+    assert {int(path.name[5:]) for path in folder.iterdir()} == left
+    train(saver, 6)
+    assert newest_complete(folder) == folder / "iter_6"
