@@ -134,25 +134,6 @@ def test_an_output_folder_that_holds_another_run(refused: Refused, tmp_path: Pat
     assert "training.overwrite_output_dir=true" in refused()
 
 
-def test_another_runs_folder_is_not_the_one_to_go_on_in(
-    refused: Refused, settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A finished run whose checkpoints lie elsewhere, resumed into a folder that holds another finished run."""
-    settings |= {"training.max_steps": "1", "training.evaluate": "false"}
-    other = settings | {"training.output_dir": str(tmp_path / "other")}
-    assert run_main(program, [f"{key}={value}" for key, value in other.items()]) == 0
-    settings |= {"checkpoint.save": "true", "checkpoint.save_path": str(tmp_path / "saved"), "training.resume": "auto"}
-    again = [f"{key}={value}" for key, value in settings.items()]
-    assert run_main(program, again) == 0
-    assert "holds another run" in refused(training__output_dir=str(tmp_path / "other"))
-    capsys.readouterr()
-    assert run_main(program, again) == 0
-    assert "Nothing is left to do" in capsys.readouterr().out
-    replaced = [f"training.output_dir={tmp_path / 'other'}", "training.overwrite_output_dir=true"]
-    assert run_main(program, [each for each in again if "output_dir" not in each] + replaced) == 0
-    assert "Nothing is left to do" not in capsys.readouterr().out
-
-
 def test_a_model_that_does_not_fit_into_memory(refused: Refused) -> None:
     error = refused(checkpoint__config_name="llama-2-70b")
     assert "Not enough memory for this run: it needs about 1," in error
