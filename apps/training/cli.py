@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from apps.training.workers.launch import Launch, find_launch
 from backends.errors import UserError
@@ -29,7 +30,7 @@ def run_main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         sys.stdout.flush()  # here, where a closed pipe can still be caught
         return code or 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at exit and would complain about the same pipe again.
@@ -43,8 +44,13 @@ def run_main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]
         line = user_line(error)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        _say(f"error: {line}")
         return 2
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # nobody is left to read it: the exit code says it too
+        print(line, file=sys.stderr)
 
 
 def user_line(error: BaseException) -> str | None:
@@ -52,6 +58,6 @@ def user_line(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _OF_THE_PLACE and not isinstance(error, BrokenPipeError):
-        where = f" '{error.filename}'" if error.filename is not None else ""
-        return f"{error.strerror}:{where}. Expected a place with room that you may use."
+        where = f": '{error.filename}'" if error.filename is not None else ""
+        return f"{error.strerror}{where}. Expected a place with room that you may use."
     return None

@@ -126,6 +126,21 @@ def test_ctrl_c_finishes_the_step_saves_everything_and_exits_130(settings: dict[
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_ctrl_c_that_ends_the_reader_too_saves_all_the_same(settings: dict[str, str], tmp_path: Path) -> None:
+    """`python apps/train_llm.py … 2>&1 | tee log`: the terminal's Ctrl-C goes to both."""
+    command = [sys.executable, str(SCRIPT), *arguments(settings | {"training.max_steps": "1000000"})]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if "Step [3/" in line:
+            break
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert (tmp_path / "out" / "report.html").exists()
+    assert len(metrics(tmp_path / "out")) >= 3
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_a_run_goes_on_from_the_folder_another_one_left(settings: dict[str, str], tmp_path: Path) -> None:
     faster = {"optimizer__lr": "3e-3", "training__max_steps": "20"}
     assert run(settings, **faster) == 0

@@ -47,6 +47,8 @@ def test_a_place_the_system_refuses_is_one_line_and_code_2(number: int, capsys: 
     reason = os.strerror(number)
     assert run_main(raising(OSError(number, reason, "/locked/x")), []) == 2
     assert capsys.readouterr().err == f"error: {reason}: '/locked/x'. Expected a place with room that you may use.\n"
+    assert run_main(raising(OSError(number, reason)), []) == 2
+    assert capsys.readouterr().err == f"error: {reason}. Expected a place with room that you may use.\n"
     with pytest.raises(OSError, match="Input/output"):
         run_main(raising(OSError(errno.EIO, os.strerror(errno.EIO))), [])
 
@@ -65,3 +67,13 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 141
+
+
+def test_an_error_that_nobody_reads_keeps_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1, encoding="utf-8") as pipe:
+        monkeypatch.setattr("sys.stderr", pipe)
+        assert run_main(raising(UserError("No such folder.")), []) == 2
+        assert run_main(raising(KeyboardInterrupt()), []) == 130
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)

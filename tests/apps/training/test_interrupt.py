@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -32,7 +33,7 @@ def test_a_ctrl_c_that_terminal_and_launcher_both_hand_on_is_one() -> None:
         assert stop.requested
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_launchers_signal_is_a_request_however_often_it_comes(
     number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,3 +58,44 @@ def test_outside_the_main_thread_it_leaves_signals_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_reader_that_has_gone_is_a_request_and_the_ctrl_c_that_ended_it_is_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The terminal's Ctrl-C ends `| tee` and may reach us after the print that finds nobody there."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        monkeypatch.setattr("sys.stderr", pipe)
+        with StopRequest() as stop:
+            print("step", flush=True)
+            assert stop.requested
+            os.kill(os.getpid(), signal.SIGINT)
+        assert sys.stdout is pipe
+
+
+def test_a_signal_in_the_middle_of_a_print_is_still_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Printing:
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+        def flush(self) -> None: ...
+
+    with StopRequest() as stop:
+        monkeypatch.setattr("sys.stderr", Printing())
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.undo()
+        assert stop.requested
