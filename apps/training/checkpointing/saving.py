@@ -115,6 +115,8 @@ class Saver:
         self._saved_step = 0
         self._failure: UserError | None = None
         self._writer: CheckpointWriter | None = None
+        # Without checkpoints too: a tokenizer that cannot be loaded is better told now than after the last step.
+        static = static_files(model, tokenizer) if workers.is_first else {}
         if config.checkpoint.save:
             if workers.is_first and (frozen := frozen_of(model)):
                 self.state["base"] = fingerprint(frozen)
@@ -123,7 +125,7 @@ class Saver:
                 rank=workers.rank,
                 world_size=workers.world_size,
                 keep=config.checkpoint.keep,
-                static=static_files(model, tokenizer) if workers.is_first and not is_on(config.lora) else {},
+                static={} if is_on(config.lora) else static,
                 sharded_optimizer=config.training.shard_optimizer,
             )
 
