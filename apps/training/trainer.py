@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -67,6 +68,7 @@ class Workers(Protocol):
     def sum_(self, tensor: Tensor) -> Tensor: ...
     def doing(self, what: str) -> None: ...
     def waiting(self, what: str) -> None: ...
+    def busy(self, what: str) -> AbstractContextManager[None]: ...
 
 
 class NonFiniteLoss(RuntimeError):

@@ -30,7 +30,7 @@ class RunReports:
     """Follows `outcome`, which holds the steps before those to come. A context manager that closes what it opened."""
 
     def __init__(self, config: TrainConfig, outcome: Outcome, trainer: Trainer) -> None:
-        self.outcome, self.statistics = outcome, trainer.statistics
+        self.outcome, self.statistics, self.workers = outcome, trainer.statistics, trainer.workers
         self.rows_per_step = config.training.batch_size * trainer.accumulation * trainer.workers.world_size
         self.tokens = sum(record.num_tokens for record in outcome.steps)
         self._evaluations = len(outcome.evaluations)
@@ -65,8 +65,9 @@ class RunReports:
         self._tell_evaluations()
         for report in self.pace.last() if self.channels else []:
             self._send(report)
-        for channel in self.channels:
-            channel.close(failed=kind is not None)
+        with self.workers.busy("closing the loggers"):
+            for channel in self.channels:
+                channel.close(failed=kind is not None)
         for complaint in self._complaints():
             print(complaint, file=sys.stderr, flush=True)
         if self.pace.left_out:

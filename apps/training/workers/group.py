@@ -20,6 +20,7 @@ from apps.training.workers.launch import Launch
 from apps.training.workers.lifeline import Lifeline, end_now
 from apps.training.workers.mpi import OfEveryWorker
 from apps.training.workers.rendezvous import join
+from apps.training.workers.watch import BEAT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,6 +97,24 @@ class Workers:
         """What this worker waits for others with from now on: it is not to blame when they do not come."""
         if self.lifeline is not None:
             self.lifeline.at(what, waiting=True)
+
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """The block takes as long as it takes (saving a model): the watch is told again and again that it goes on."""
+        over = threading.Event()
+
+        def tell() -> None:
+            self.doing(what)
+            while not over.wait(BEAT):
+                self.doing(what)
+
+        telling = threading.Thread(target=tell, name="busy", daemon=True)
+        telling.start()
+        try:
+            yield
+        finally:
+            over.set()
+            telling.join()
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import threading
+import time
 
 import pytest
 import torch
 
+from apps.training.workers import group
 from apps.training.workers.group import Workers, open_workers
 from apps.training.workers.launch import Launch
 from tests import warm_python
@@ -30,6 +33,25 @@ def test_one_worker_needs_no_group() -> None:
 def test_one_worker_keeps_its_exceptions() -> None:
     with pytest.raises(KeyError), open_workers(Launch(), device_type="cpu", timeout=1.0):
         raise KeyError("mine")
+
+
+def test_the_watch_hears_again_and_again_of_work_that_takes_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "BEAT", 0.01)
+    heard: list[str] = []
+    often = threading.Event()
+    workers = Workers.solo()
+
+    def hear(what: str) -> None:
+        heard.append(what)
+        if len(heard) == 3:
+            often.set()
+
+    monkeypatch.setattr(workers, "doing", hear)
+    with workers.busy("saving the model"):
+        assert often.wait(10)
+    count = len(heard)
+    time.sleep(0.05)
+    assert heard == ["saving the model"] * count
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
