@@ -28,7 +28,6 @@ from apps.training.config import parse, to_yaml
 from apps.training.config_schema import TrainConfig
 from apps.training.reporting.output_folder import require_free, require_room, start_run
 from apps.training.workers.launch import find_launch, own_gpu
-from backends.errors import UserError
 
 if TYPE_CHECKING:
     from apps.training.checkpointing.saving import Saver
@@ -146,7 +145,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     print(f"Dataset: {loader.description()}")
     print(f"Optimizer: {settings_text(config.optimizer.name, config.optimizer.settings)}\n{groups_table(plan.groups)}")
     print(f"Schedule: {settings_text(config.schedule.name, config.schedule.settings)}", flush=True)
-    if goes_on_in_place(config, checkpoint) and resumed.step >= count.total and (output / "report.html").exists():
+    if resumed.leaves_nothing(config, count.total):
         print(f"All {count.total} steps were taken: {checkpoint}. Nothing is left to do.")
         return 0
 
@@ -184,7 +183,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
         sums=trainer.statistics.sums if trainer.statistics else {},
     )
     print(outcome.overview, flush=True)
-    saver.start(resumed.step)
+    saver.start(resumed.step, num_evaluations=len(resumed.evaluations))
     if workers.is_first:
         start_run(output, to_yaml(config))
     trainer.calibrate(loader, config.backend.calibrate_steps)
@@ -193,7 +192,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
             return LOSS_NOT_FINITE
         stopped = stop.requested or outcome.last_step < trainer.last_step  # by a signal to any worker
         if workers.is_first:
-            save_outcome(output, outcome, model, dataset, config, sample=not stopped)
+            with workers.busy("saving the model"):
+                save_outcome(output, outcome, model, dataset, config, sample=not stopped)
         saver.finish()
         failed = ended_over_skipped(outcome.steps, settings.max_nonfinite_steps, tell=workers.is_first)
         return LOSS_NOT_FINITE if failed else INTERRUPTED if stopped else 0
@@ -203,8 +203,7 @@ def take_steps(
     config: TrainConfig, trainer: Trainer, loader: TrainLoader, outcome: Outcome, saver: Saver, stop: StopRequest
 ) -> bool:
     """Train, evaluate, save; `outcome`, CSV and screen get every step. False when a loss is no longer finite."""
-    from torch import OutOfMemoryError
-
+    from apps.training.devices import memory_errors_told
     from apps.training.evaluating import Evaluator
     from apps.training.progress import Progress
     from apps.training.reporting.lines import live_fields, step_line
@@ -213,12 +212,15 @@ def take_steps(
 
     count, evaluator = trainer.count, Evaluator(config, trainer, loader, stop.asked)
     with (
+        saver.settled_on_error(),
+        memory_errors_told(),
         RunReports(config, outcome, trainer) if loader.rank == 0 else nullcontext() as reports,
         Progress(count.total, "Training", "steps", mode=config.logging.progress) as progress,
     ):
         progress.update(len(outcome.steps))
         steps = trainer.steps(loader, pause_after=evaluator.is_due, should_stop=stop.asked, on_queued=saver.on_queued)
         try:
+            evaluator.make_up(outcome, progress)
             for record in steps:
                 outcome.steps.append(record)
                 if reports is not None:
@@ -233,10 +235,6 @@ def take_steps(
             progress.write(f"error: {error}", stream=sys.stderr)
             saver.settle()  # the last good checkpoint may still be on its way
             return False
-        except OutOfMemoryError as error:
-            raise UserError(
-                f"{str(error).splitlines()[0]} Lower training.batch_size or model.max_seq_length."
-            ) from error
     saver.on_end(outcome)
     return True
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -33,6 +35,16 @@ def open_device(kind: str, config: TrainConfig, workers: Workers) -> torch.devic
     if not torch.cuda.is_available():
         raise UserError("compile.arch=cuda needs a CUDA device, and this worker has none. Use compile.arch=cpu.")
     return torch.device("cuda", 0)
+
+
+@contextmanager
+def memory_errors_told() -> Iterator[None]:
+    """A device that runs out of memory in the block is the user's to mend: UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fix = "Lower training.batch_size or model.max_seq_length."
+        raise UserError(f"{str(error).splitlines()[0]} {fix}") from error
 
 
 def choose_device(name: str) -> str:

@@ -27,6 +27,12 @@ class Evaluator:
         periodic = every is not None and step % every == 0
         return periodic or (self.settings.evaluate and step == self.trainer.last_step)
 
+    def make_up(self, outcome: Outcome, progress: Progress) -> None:
+        """Evaluate the final weights where an earlier start took the last step and was stopped before this."""
+        step = self.trainer.last_step
+        if self.settings.evaluate and outcome.last_step == step and outcome.last_evaluation is None:
+            self.evaluate(step, outcome, progress)
+
     def evaluate(self, step: int, outcome: Outcome, progress: Progress) -> None:
         """Evaluate, unless somebody asks to stop meanwhile; the number goes to `outcome` and the screen."""
         progress.clear()

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from apps.training.checkpointing.publishing import clean, remove_later, require_no_later
+from apps.training.checkpointing.publishing import BEING_WRITTEN, clean, remove_later, require_no_later
 from apps.training.checkpointing.reading import Checkpoint, open_checkpoint
-from apps.training.checkpointing.resume import require_same_run, save_folder
+from apps.training.checkpointing.resume import goes_on_in_place, require_same_run, save_folder
 from apps.training.checkpointing.shares import fingerprint, frozen_of, weights_of
 from apps.training.checkpointing.static_files import static_files
 from apps.training.checkpointing.writer import CheckpointWriter
@@ -31,6 +32,8 @@ from apps.training.step_plan import StepPlan
 from apps.training.workers.group import Workers
 from backends.errors import UserError
 from backends.precision import BITS
+
+PUBLISHED_WITHIN = 300.0  # seconds that a worker which fails waits for the others' shares of the last checkpoint
 
 
 def run_identity(config: TrainConfig, plan: StepPlan, dataset: Dataset, rows_per_step: int) -> dict[str, Any]:
@@ -73,6 +76,13 @@ class Resumed:
         """The last step to take now: of the whole run's `total`, or `num_steps` from here."""
         return total if num_steps is None else min(total, self.step + num_steps)
 
+    def leaves_nothing(self, config: TrainConfig, total: int) -> bool:
+        """Whether the run of `total` steps has ended in its own folder: with its evaluation, if it is to have one."""
+        if self.checkpoint is None or not goes_on_in_place(config, self.checkpoint.path) or self.step < total:
+            return False
+        evaluated = bool(self.evaluations) and self.evaluations[-1].step == self.step
+        return (evaluated or not config.training.evaluate) and Path(config.training.output_dir, "report.html").exists()
+
     def load(self, model: nn.Module, program: Any, rank: int) -> None:
         """Put the state after update `step` into place."""
         if self.checkpoint is None:
@@ -112,7 +122,7 @@ class Saver:
         self.is_first, self.overwrite = workers.is_first, config.training.overwrite_output_dir
         self.folder, self.settings = save_folder(config), config.checkpoint
         self.state: dict[str, Any] = {"settings": to_mapping(config), "run": dict(identity)}
-        self._saved_step = 0
+        self._saved_step = self._saved_evaluations = 0
         self._failure: UserError | None = None
         self._writer: CheckpointWriter | None = None
         # Without checkpoints too: a tokenizer that cannot be loaded is better told now than after the last step.
@@ -141,13 +151,14 @@ class Saver:
         moments = state_elements(parameter_groups(self.config.optimizer, self.model))
         return (bits + moments * BITS[precision.moments]) // 8
 
-    def start(self, resumed_step: int) -> None:
+    def start(self, resumed_step: int, num_evaluations: int = 0) -> None:
         """Make sure that checkpoints can be written; take away what a killed run left. Call it under the run's lock.
 
+        `num_evaluations`: how many the checkpoint of `resumed_step` tells of.
         UserError when they cannot, or when later checkpoints of another run lie there.
         """
         if (self.folder / f"iter_{resumed_step}").exists():
-            self._saved_step = resumed_step
+            self._saved_step, self._saved_evaluations = resumed_step, num_evaluations
         if self._writer is None:
             return
         self._writer.prepare(self.nbytes, next(self.model.parameters()).device)
@@ -185,7 +196,7 @@ class Saver:
         step = outcome.last_step
         if self._writer is None:
             return
-        if step > self._saved_step:
+        if (step, len(outcome.evaluations)) > (self._saved_step, self._saved_evaluations):
             self._wait_for_disk()
             self._writer.snapshot(step, self.model, self.program)
             self._write(step, outcome)
@@ -200,6 +211,24 @@ class Saver:
             self._writer.wait()
         except UserError as error:
             self._failure = error
+
+    @contextmanager
+    def settled_on_error(self) -> Iterator[None]:
+        """An error that ends the job waits until the checkpoint on its way is complete: it may hold hours of work.
+
+        The job ends with the first worker that fails, so that one waits for the first worker's last touch too.
+        """
+        try:
+            yield
+        except Exception:  # Ctrl-C that is meant does not wait
+            self.settle()
+            deadline = time.monotonic() + PUBLISHED_WITHIN
+            while not self.is_first and self._failure is None and time.monotonic() < deadline:
+                if not (self.folder / f"{BEING_WRITTEN}iter_{self._saved_step}").exists():
+                    break
+                self.workers.doing(f"writing the checkpoint of step {self._saved_step}")
+                time.sleep(0.01)
+            raise
 
     def finish(self) -> None:
         """Say where the last checkpoint lies. UserError when it could not be written."""
@@ -223,4 +252,4 @@ class Saver:
         assert self._writer is not None
         state = self.state | ({"statistics": dict(outcome.sums)} if outcome.sums else {})
         self._writer.write(state, outcome.steps, outcome.evaluations)
-        self._saved_step = step
+        self._saved_step, self._saved_evaluations = step, len(outcome.evaluations)

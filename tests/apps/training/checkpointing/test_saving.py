@@ -1,5 +1,6 @@
 """After which steps a run saves, where its leg ends, and that the watch hears of a slow disk."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,12 @@ import pytest
 from apps.training.checkpointing.manifest import newest_complete
 from apps.training.checkpointing.reading import newest
 from apps.training.checkpointing.saving import Resumed, Saver
+from apps.training.checkpointing.writer import CheckpointWriter
 from apps.training.config import parse
+from apps.training.reporting.records import Evaluation
 from apps.training.workers.group import Workers
+from apps.training.workers.launch import Launch
+from backends.errors import UserError
 from tests.apps.training.checkpointing.toys import ToyModel, ToyProgram, records, save
 
 
@@ -99,3 +104,58 @@ def test_a_later_checkpoint_that_is_damaged_is_removed_only_when_asked(
     assert {int(path.name[5:]) for path in folder.iterdir()} == left
     train(saver, 6)
     assert newest_complete(folder) == folder / "iter_6"
+
+
+def slow_down(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    real = CheckpointWriter._write_share
+
+    def slow(self: CheckpointWriter, *given: Any) -> Any:
+        time.sleep(0.3 if self.rank == rank else 0.0)
+        return real(self, *given)
+
+    monkeypatch.setattr(CheckpointWriter, "_write_share", slow)
+
+
+def begin_step_3(saver: Saver) -> None:
+    saver.on_queued(3)
+    saver.on_record(3, SimpleNamespace(steps=records(3), evaluations=[], sums={}))
+
+
+def test_an_error_waits_for_the_checkpoint_on_its_way_and_ctrl_c_does_not(
+    make_saver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down(monkeypatch, rank=0)
+    saver = make_saver(8, "checkpoint.save_steps=3")
+    begin_step_3(saver)
+    with pytest.raises(KeyboardInterrupt), saver.settled_on_error():
+        raise KeyboardInterrupt
+    assert newest(tmp_path / "checkpoints") is None
+    with pytest.raises(UserError, match="damaged"), saver.settled_on_error():
+        raise UserError("a damaged row")
+    assert newest(tmp_path / "checkpoints").step == 3
+
+
+def test_a_worker_that_fails_waits_until_the_first_has_published(
+    make_saver: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its failure ends the first worker too."""
+    slow_down(monkeypatch, rank=0)
+    first, second = (
+        make_saver(8, "checkpoint.save_steps=3", workers=Workers(Launch(rank=rank, world_size=2))) for rank in (0, 1)
+    )
+    begin_step_3(first)
+    begin_step_3(second)
+    with pytest.raises(ZeroDivisionError), second.settled_on_error():
+        raise ZeroDivisionError
+    assert newest(tmp_path / "checkpoints").step == 3
+    first.settle()
+
+
+def test_a_late_evaluation_of_the_last_step_is_saved_with_it(make_saver: Any, tmp_path: Path) -> None:
+    saver = make_saver(3, "checkpoint.save_steps=3")
+    begin_step_3(saver)
+    outcome = SimpleNamespace(steps=records(3), evaluations=[], sums={}, last_step=3)
+    saver.on_end(outcome)
+    outcome.evaluations.append(Evaluation(step=3, loss=2.0, num_counted=5))
+    saver.on_end(outcome)
+    assert newest(tmp_path / "checkpoints").evaluations == outcome.evaluations
