@@ -24,6 +24,8 @@ from apps.training.config_schema import setting
 from apps.training.progress import Progress
 from backends.errors import UserError
 
+SMALLEST_TEMPERATURE = 1e-5  # below it logits are as far apart as float32 tells, or infinite: the likeliest token
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
@@ -90,10 +92,17 @@ def load_tokenizer(folder: str) -> Any:
 def continue_text(model: Any, tokenizer: Any, settings: GenerateSettings) -> tuple[str, int]:
     """(the text that follows the prompt, its number of tokens)."""
     import torch
+    from transformers import GenerationConfig
 
     prompt = prompt_tokens(model, tokenizer, settings)
     input_ids = torch.tensor([prompt], device=model.device)
     torch.manual_seed(settings.seed)
+    # The folder's own says more (penalties, beams), which would change what the settings promise.
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
     with Progress(settings.max_new_tokens, "Generating", "tokens") as progress:
         output = model.generate(
             input_ids,
@@ -104,8 +113,6 @@ def continue_text(model: Any, tokenizer: Any, settings: GenerateSettings) -> tup
             # On a GPU keys and values of fixed size, so that a token's kernels are launched as one.
             cache_implementation="static" if model.device.type == "cuda" else None,
             max_new_tokens=settings.max_new_tokens,
-            eos_token_id=end_tokens(model, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
         )[0].tolist()
     # Tokens are pieces of words and bytes: only together with the prompt do they decode to the right spaces.
     before = tokenizer.decode(prompt, skip_special_tokens=True)
@@ -139,7 +146,7 @@ def sampling(settings: GenerateSettings) -> dict[str, Any]:
     """The arguments of generate() for greedy or drawn tokens; limits not asked for are switched off."""
     limited = settings.top_k is not None or settings.top_p is not None
     temperature = settings.temperature if settings.temperature is not None else float(limited)
-    if temperature == 0:
+    if temperature < SMALLEST_TEMPERATURE:
         return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     return {"do_sample": True, "temperature": temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p or 1.0}
 

@@ -1,5 +1,7 @@
 """generate_text continues a text as plain transformers does, from any folder; every mistake is one line and code 2."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +78,47 @@ def test_one_candidate_is_greedy_at_any_temperature(
     greedy = run(capsys, monkeypatch, *prompt, "temperature=0")[1]
     assert run(capsys, monkeypatch, *prompt, "top_k=1")[1] == greedy
     assert run(capsys, monkeypatch, *prompt, "temperature=3", "top_p=1e-6")[1] == greedy
+
+
+def test_a_temperature_next_to_0_is_0(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = (model_of(folder), f"prompt={PROMPT}", "max_new_tokens=20")
+    greedy = run(capsys, monkeypatch, *prompt, "temperature=0")[1]
+    for temperature in ("1e-40", "1e-6", "1e-5"):
+        assert run(capsys, monkeypatch, *prompt, f"temperature={temperature}")[:2] == (0, greedy)
+
+
+@pytest.mark.parametrize("said", [{"repetition_penalty": 5.0}, {"num_beams": 3}, {"max_length": 3}], ids=str)
+def test_the_folders_generation_config_gives_the_ends_of_a_text_and_no_more(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    said: dict[str, float],
+) -> None:
+    prompt = (f"prompt={PROMPT}", "max_new_tokens=20", "temperature=0")
+    expected = run(capsys, monkeypatch, model_of(folder), *prompt)[:2]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    assert run(capsys, monkeypatch, model_of(tmp_path), *prompt)[:2] == expected
+
+
+def test_a_text_ends_at_each_special_token_that_the_generation_config_lists(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_model(load_config(config_name=folder))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # the first token is chosen
+    save_model(model, tmp_path, folder)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.eos_token = "<stop>"
+    tokenizer.save_pretrained(tmp_path)
+    for listed, count in (([0, 5], 1), (None, 9)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        code, _, err = run(capsys, monkeypatch, model_of(tmp_path), f"prompt={PROMPT}", "max_new_tokens=9")
+        assert (code, err.split(" ")[0]) == (0, str(count))
 
 
 def test_an_empty_prompt_starts_a_text(
