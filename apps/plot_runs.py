@@ -33,7 +33,8 @@ class PlotSettings:
 
 def plot(argv: Sequence[str]) -> None:
     """Read the runs in the folders that `argv` names, write both files and print the table."""
-    folders = [argument for argument in argv if "=" not in argument and not argument.startswith("-")]
+    # A sweep names its runs "lr=0.1": what is there is a folder, whatever it is called.
+    folders = [a for a in argv if Path(a).is_dir() or ("=" not in a and not a.startswith("-"))]
     settings = parse_dataclass(PlotSettings, [a for a in argv if a not in folders], program="plot_runs.py")
     if not folders:
         raise UserError("No run was named. Expected folders: python apps/plot_runs.py DIR [DIR ...].")

@@ -69,6 +69,20 @@ def test_a_folder_of_runs_is_all_its_runs_each_once(tmp_path: Path) -> None:
     assert [curve.label for curve in read_curves(given)] == ["sweep/lr1", "sweep/lr2", "other"]
 
 
+def test_a_folder_that_is_there_is_a_folder_though_its_name_has_an_equals_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a_run(tmp_path / "sweep/lr=1e-4", [2.0])
+    a_run(tmp_path / "sweep/lr=1e-3,seed=1", [1.0])
+    monkeypatch.chdir(tmp_path / "sweep")
+    assert run_main(plot, [str(tmp_path / "sweep/lr=1e-4"), "lr=1e-3,seed=1", "output_dir=plots"]) == 0
+    assert [line.split("|")[0].strip() for line in capsys.readouterr().out.splitlines()[1:3]] == [
+        "lr=1e-4",
+        "lr=1e-3,seed=1",
+    ]
+    assert run_main(plot, [str(tmp_path / "sweep/lr=1"), "output_dir=plots"]) == 2
+
+
 def test_a_run_that_goes_on_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     path = a_run(tmp_path / "one", [4.0, 3.0, float("nan"), 2.0]) / METRICS
     path.write_bytes(path.read_bytes()[:-5])
