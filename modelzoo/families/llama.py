@@ -27,6 +27,9 @@ def check(config: LlamaConfig) -> None:
     for name in _SIZES:
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}. Expected at least 1.")
+    padding = config.pad_token_id
+    if padding is not None and not -config.vocab_size <= padding < config.vocab_size:
+        raise UserError(f"pad_token_id is {padding}. Expected a token below vocab_size={config.vocab_size}, or null.")
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise unknown("rope scaling type", rope_type, ROPE_TYPES)

@@ -82,6 +82,7 @@ def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
         ({"model_type": "llama", "intermediate_size": -8}, "intermediate_size is -8. Expected at least 1"),
         ({"model_type": "llama", "num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"model_type": "llama", "head_dim": 7}, "head_dim.*7"),
+        ({"model_type": "llama", "vocab_size": 9, "pad_token_id": 9}, "pad_token_id is 9. Expected a token below"),
         ({"model_type": "llama", "hidden_act": "silo"}, "Did you mean 'silu'"),
         ({"model_type": "llama", "attention_dropout": 0.1}, "attention_dropout is 0.1"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}, "is quantized"),
