@@ -191,7 +191,9 @@ class ZooLlamaForCausalLM(ZooLlamaPreTrainedModel, GenerationMixin):
             compiled: Callable[..., CausalLMOutputWithPast] = super().get_compiled_call(compile_config)
             return compiled
         # Dynamic scaling has other tables for each length, made from a number that has to be read from the device.
-        return self.__call__ if self.config.rope_parameters["rope_type"] == "dynamic" else RecordedDecoding(self)
+        is_dynamic = self.config.rope_parameters["rope_type"] == "dynamic"
+        is_spread = len({parameter.device for parameter in self.parameters()}) > 1  # a recording is of one device
+        return self.__call__ if is_dynamic or is_spread else RecordedDecoding(self)
 
     @property
     def precision(self) -> PrecisionPolicy:

@@ -8,6 +8,7 @@ tensors only, so all launches can be one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,21 +48,23 @@ class RecordedDecoding:
             self.form = form if outputs.keys() <= {"logits", "past_key_values"} else None
             return outputs
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        if self.graph is None and not self._record(given, tensors):
-            return self.forward(**given)
-        assert self.graph is not None
-        assert self.logits is not None
-        for name, value in tensors.items():
-            self.inputs[name].copy_(value)
-        self.graph.replay()
-        return CausalLMOutputWithPast(logits=self.logits.clone(), past_key_values=given.get("past_key_values"))
+        # Kernels go to the device of their tensors, recording and replaying to the current one.
+        with torch.cuda.device(_device_of(tensors)):
+            if self.graph is None and not self._record(given, tensors):
+                return self.forward(**given)
+            assert self.graph is not None
+            assert self.logits is not None
+            for name, value in tensors.items():
+                self.inputs[name].copy_(value)
+            self.graph.replay()
+            return CausalLMOutputWithPast(logits=self.logits.clone(), past_key_values=given.get("past_key_values"))
 
     def _record(self, given: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
         """Record a forward without computing it; False, and one warning, where the model does what cannot be."""
         self.inputs = {name: value.clone() for name, value in tensors.items()}
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=_stream_on(_device_of(tensors))):
                 self.logits = self.forward(**{**given, **self.inputs}).logits
         except RuntimeError as error:  # of the driver, where something waits for the device or comes from the host
             reason = str(error).strip().splitlines()[0]
@@ -70,6 +73,16 @@ class RecordedDecoding:
             return False
         self.graph = graph
         return True
+
+
+@cache
+def _stream_on(device: torch.device) -> torch.cuda.Stream:
+    """The stream to record on: torch's own belongs to the device that anything was first recorded on."""
+    return torch.cuda.Stream(device)
+
+
+def _device_of(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next(iter(tensors.values())).device
 
 
 def _form(given: Mapping[str, Any]) -> object:

@@ -1,5 +1,7 @@
 """A token's forward as a recording: the numbers of the model's own, computed anew where it cannot stand for a call."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,14 +24,17 @@ class Replays:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.recorded = self.replayed = 0
+        self.devices: list[torch.device] = []  # those current, the last one innermost
         replays = self
 
         class Graph:
             def replay(self) -> None:
+                assert replays.devices == [torch.device("cpu")]
                 replays.replayed += 1
 
         class Recording:
-            def __init__(self, graph: Graph) -> None:
+            def __init__(self, graph: Graph, stream: torch.device) -> None:
+                assert stream == torch.device("cpu")
                 replays.recorded += 1
 
             def __enter__(self) -> None: ...
@@ -38,6 +43,14 @@ class Replays:
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
         monkeypatch.setattr(torch.cuda, "graph", Recording)
+        monkeypatch.setattr(torch.cuda, "device", self.current)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+
+    @contextmanager
+    def current(self, device: torch.device) -> Iterator[None]:
+        self.devices.append(device)
+        yield
+        self.devices.pop()
 
 
 class Counting(nn.Module):
@@ -121,7 +134,7 @@ def test_a_forward_that_cannot_be_recorded_is_computed_and_said_once(
     monkeypatch.setattr(recorded_decoding.logger, "warning", said.append)
 
     class Refused:
-        def __init__(self, graph: object) -> None: ...
+        def __init__(self, graph: object, stream: object) -> None: ...
 
         def __enter__(self) -> None:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -145,6 +158,9 @@ def test_who_asks_for_a_compiled_forward_gets_it(monkeypatch: pytest.MonkeyPatch
     assert not isinstance(ours.get_compiled_call(CompileConfig()), RecordedDecoding)
     dynamic = llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0})
     assert not isinstance(twins(dynamic)[1].get_compiled_call(None), RecordedDecoding)
+    spread = twins(llama_config())[1]
+    spread.lm_head.to("meta")
+    assert not isinstance(spread.get_compiled_call(None), RecordedDecoding)
 
 
 class TestOnAGpu:
@@ -175,6 +191,22 @@ class TestOnAGpu:
         for _ in range(2):  # a second text has a cache of its own
             ours.generate(input_ids, max_new_tokens=24, do_sample=False, cache_implementation="static", pad_token_id=0)
         assert len(calls) <= 2 * 4  # the prompt, the first token, the recording, and the last token, which has no mask
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+    def test_a_model_on_another_than_the_current_device_is_recorded_there(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also behind a recording on the current one, whose stream torch would take again."""
+        ours = twins(llama_config(eos_token_id=None), torch.float64)[1]
+        calls = count_calls(ours, monkeypatch)
+        options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+        for device in ("cuda:0", "cuda:1"):
+            input_ids = torch.randint(1, 61, (1, 9), device=device)
+            expected = ours.to(device).generate(input_ids, **options)
+            calls.clear()
+            assert torch.equal(ours.generate(input_ids, cache_implementation="static", **options), expected)
+            assert len(calls) <= 4
+            assert torch.cuda.current_device() == 0
 
     def test_what_waits_for_the_device_goes_on_kernel_by_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ours = twins(llama_config(eos_token_id=None), torch.float64)[1].cuda()
