@@ -1,4 +1,4 @@
-"""One record of any known shape → one article: stretches of text, each to be learnt or only to be read.
+"""One record of any known shape → one article: stretches of text, each prompt or completion.
 
 | record | becomes |
 |---|---|
@@ -9,7 +9,8 @@
 | {"data": [user, assistant, user, …]} (UltraChat) | a conversation |
 
 A conversation is written by the tokenizer's chat template when it has one, otherwise plainly (`plain_chat`). What the
-assistant says is completion, all else is prompt. A prompt nobody answers is left out.
+assistant says is completion, all else is prompt. A prompt nobody answers is left out. The loss counts the tokens of
+both alike (apps/training/loss.py); packing tells them apart, and drops rows of prompts alone.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class PrepareOptions:
     input_subset: str | None = setting(None, "which configuration of a Hugging Face dataset")
     skip_undecodable: bool = setting(False, "leave out text files that are not UTF-8, and say how many")
     text_keyword: str = setting("text", "key of raw text in a record")
-    prompt_keyword: str = setting("prompt", "key of a pair's prompt")
+    prompt_keyword: str = setting("prompt", "key of a pair's prompt; the loss counts its tokens too")
     completion_keyword: str = setting("completion", "key of a pair's completion")
     space_separator: bool = setting(True, "put exactly one space between prompt and completion")
     chat_template: Literal["auto", "all", "plain"] = setting(

@@ -1,4 +1,4 @@
-"""What a token is to the loss; the numbers stored in `token_type_ids`."""
+"""What a token is; the numbers stored in `token_type_ids`. The loss counts all but padding as targets."""
 
 from enum import IntEnum
 
