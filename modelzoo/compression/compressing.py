@@ -21,12 +21,13 @@ from modelzoo.compression.allocation import (
     spectrum_ranks,
     uniform_ranks,
 )
+from modelzoo.compression.block_calls import Batch
 from modelzoo.compression.consequences import spectra_and_costs
 from modelzoo.compression.methods import METHODS, Factors, compress, measured_error
 from modelzoo.compression.moments import Moments
 from modelzoo.compression.regression import error_towards_targets, regress, variance_of_targets
 from modelzoo.compression.staged import DenseBeside, Sum, sum_moments
-from modelzoo.compression.streaming import Batch, BlockInputs, blocks_of, linears_of, moments_of
+from modelzoo.compression.streaming import BlockInputs, blocks_of, linears_of, moments_of
 
 TARGETS = ("own", "dense")
 # layers and their ranks, by name → factors of each
@@ -90,7 +91,7 @@ def compress_model(
     try:
         chosen = _choose(model, blocks, shapes, batches, keep, ranks, allocation, sum_)
         ready = {} if learned is None else learned(layers, {name: rank for name, rank in chosen.items() if rank})
-        stream = BlockInputs(model, next(iter(blocks.values())), batches)
+        stream = BlockInputs(model, blocks, batches)
         reports = []
         widths = {name: shape.in_features for name, shape in shapes.items()}
         beside = DenseBeside(stream, widths, sum_) if targets == "dense" else None
@@ -99,7 +100,7 @@ def compress_model(
             if beside is not None:
                 block_reports = _towards_dense(path, block, mine, chosen, beside, sum_)
             else:
-                block_reports = _towards_own(block, mine, chosen, stream, method, inputs, ready, sum_)
+                block_reports = _towards_own(path, block, mine, chosen, stream, method, inputs, ready, sum_)
             for report in block_reports:
                 reports.append(report)
                 on_layer(report)
@@ -120,6 +121,7 @@ def _require_targets(targets: str, method: str, inputs: str) -> None:
 
 
 def _towards_own(
+    path: str,
     block: nn.Module,
     layers: Mapping[str, nn.Linear],
     ranks: Ranks,
@@ -132,9 +134,9 @@ def _towards_own(
     """Compress a block's layers, each to what its own weights give of its inputs, and put the data behind the block."""
     with moments_of(layers) as moments:
         if inputs == "dense":
-            stream.advance(block)
+            stream.advance(path, block)
         else:
-            for _ in stream.outputs(block):
+            for _ in stream.outputs(path, block):
                 pass
     _add_up(moments, sum_)
     for name, layer in layers.items():
@@ -147,7 +149,7 @@ def _towards_own(
             factors = compress(method, layer.weight, layer.bias, moments[name], rank)
         yield _replace(name, layer, moments[name], factors)
     if inputs == "compressed":
-        stream.advance(block)
+        stream.advance(path, block)
 
 
 def _towards_dense(
@@ -178,20 +180,20 @@ def spectra_of(
     """The eigenvalues of each layer's output covariance, falling, and what a unit of its error costs; both of the dense
     model. `keep`: the share at which a layer's error is looked at.
     """
-    stream = BlockInputs(model, next(iter(blocks.values())), batches)
+    stream = BlockInputs(model, blocks, batches)
     spectra: dict[str, Tensor] = {}
     costs: dict[str, float] = {}
     ranks = uniform_ranks(shapes, keep)
     for path, block in blocks.items():
         mine = linears_of(block, path, tuple(shapes))
         with moments_of(mine) as moments:
-            for _ in stream.outputs(block):
+            for _ in stream.outputs(path, block):
                 pass
         _add_up(moments, sum_)
-        found = spectra_and_costs(stream, block, mine, moments, ranks, sum_)
+        found = spectra_and_costs(stream, path, block, mine, moments, ranks, sum_)
         spectra |= found[0]
         costs |= found[1]
-        stream.advance(block)
+        stream.advance(path, block)
     return spectra, costs
 
 

@@ -20,6 +20,7 @@ Sum = Callable[[Tensor], Tensor]
 
 def spectra_and_costs(
     stream: BlockInputs,
+    path: str,
     block: nn.Module,
     layers: Mapping[str, nn.Linear],
     moments: Mapping[str, Moments],
@@ -42,8 +43,8 @@ def spectra_and_costs(
         mean = weight @ own.mean + (0 if layer.bias is None else layer.bias.to(torch.float64))
         losses[name] = _what_is_lost(directions, mean)
     found = {name: torch.zeros(2, dtype=torch.float64, device=layer.weight.device) for name, layer in layers.items()}
-    changed = [_outputs_without(stream, block, layers[name], lost, found[name]) for name, lost in losses.items()]
-    for usual, *others in zip(stream.outputs(block), *changed, strict=True):
+    changed = [_outputs_without(stream, path, block, layers[name], lost, found[name]) for name, lost in losses.items()]
+    for usual, *others in zip(stream.outputs(path, block), *changed, strict=True):
         size = usual.double().square().sum(-1)
         for name, other in zip(losses, others, strict=True):
             change = (other.double() - usual.double()).square().sum(-1)
@@ -64,7 +65,12 @@ def _what_is_lost(directions: Tensor, mean: Tensor) -> Callable[[Tensor], Tensor
 
 
 def _outputs_without(
-    stream: BlockInputs, block: nn.Module, layer: nn.Linear, lost: Callable[[Tensor], Tensor], found: Tensor
+    stream: BlockInputs,
+    path: str,
+    block: nn.Module,
+    layer: nn.Linear,
+    lost: Callable[[Tensor], Tensor],
+    found: Tensor,
 ) -> Iterator[Tensor]:
     """The block's outputs where the layer gives y − lost(y); |lost(y)|² is added to `found[0]`.
 
@@ -76,7 +82,7 @@ def _outputs_without(
         found[0] += error.double().square().sum()
         return (y.to(error.dtype) - error).to(y.dtype)
 
-    outputs = stream.outputs(block)
+    outputs = stream.outputs(path, block)
     while True:
         handle = layer.register_forward_hook(change)
         try:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from backends.errors import UserError
+from modelzoo.compression.block_calls import Batch
 from modelzoo.compression.methods import Factors
-from modelzoo.compression.streaming import Batch
 
 NAMES = ("weight_in", "weight_out", "bias")
 

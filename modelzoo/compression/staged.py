@@ -49,7 +49,7 @@ class DenseBeside:
         nothing, or numbers that are not finite.
         """
         dense = copy.deepcopy(block)
-        for stage in stages_of(self.own, block, layers):
+        for stage in stages_of(self.own, path, block, layers):
             found = self._moments(path, block, dense, stage, {name: layers[name] for name in stage.names})
             sum_moments(found[stage.names[0]].own, sum_)
             for name in stage.names:
@@ -57,8 +57,8 @@ class DenseBeside:
                 each.total, each.squared, each.product = sum_(each.total), sum_(each.squared), sum_(each.product)
                 _check(name, each)
             yield from found.items()
-        self.dense.advance(dense)
-        self.own.advance(block)
+        self.dense.advance(path, dense)
+        self.own.advance(path, block)
 
     def _moments(
         self, path: str, block: nn.Module, dense: nn.Module, stage: Stage, layers: Mapping[str, nn.Linear]
@@ -69,7 +69,7 @@ class DenseBeside:
         tap = next(iter(stage.taps.values()), "")  # the layers of a stage that add, add to one stream
         inside = stage.names[0].removeprefix(f"{path}.")
         streams = [
-            stream.until(part, part.get_submodule(inside), part.get_submodule(tap) if tap else None)
+            stream.until(path, part, part.get_submodule(inside), part.get_submodule(tap) if tap else None)
             for stream, part in ((self.dense, dense), (self.own, block))
         ]
         for (x, before), (x_own, before_own) in zip(*streams, strict=True):
@@ -84,7 +84,7 @@ class DenseBeside:
         return found
 
 
-def stages_of(inputs: BlockInputs, block: nn.Module, layers: Mapping[str, nn.Linear]) -> list[Stage]:
+def stages_of(inputs: BlockInputs, path: str, block: nn.Module, layers: Mapping[str, nn.Linear]) -> list[Stage]:
     """Stages of `layers` in the order in which the block computes them, from one batch.
 
     A layer adds to the residual stream when some part of the block, or what follows it, is given its output plus what
@@ -101,13 +101,13 @@ def stages_of(inputs: BlockInputs, block: nn.Module, layers: Mapping[str, nn.Lin
         else:
             stage.names.append(name)
 
-    def see(path: str, arguments: Sequence[object]) -> None:
-        if path and arguments and isinstance(arguments[0], Tensor):
-            given.append((path, arguments[0]))
+    def see(inside: str, arguments: Sequence[object]) -> None:
+        if inside and arguments and isinstance(arguments[0], Tensor):
+            given.append((inside, arguments[0]))
 
     handles = [
-        part.register_forward_pre_hook(lambda part, arguments, path=path: see(path, arguments))
-        for path, part in block.named_modules()
+        part.register_forward_pre_hook(lambda part, arguments, inside=inside: see(inside, arguments))
+        for inside, part in block.named_modules()
     ]
     for name, layer in layers.items():
         handles.append(layer.register_forward_pre_hook(lambda layer, arguments, name=name: reach(name, arguments[0])))
@@ -115,7 +115,7 @@ def stages_of(inputs: BlockInputs, block: nn.Module, layers: Mapping[str, nn.Lin
             layer.register_forward_hook(lambda layer, _, y, name=name: outputs.update({name: (y, len(given))}))
         )
     try:
-        end = next(inputs.outputs(block))
+        end = next(inputs.outputs(path, block))
     finally:
         for handle in handles:
             handle.remove()

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from backends.errors import UserError
+from modelzoo.compression.block_calls import Batch, BlockCall, Reached, block_calls, require_no_cache, without_cache
 from modelzoo.compression.moments import Moments
-
-Batch = Mapping[str, Any]  # what the model is called with
-
-
-class _Reached(Exception):
-    """The first block was reached: nothing behind it need be computed."""
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -37,27 +31,30 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class BlockInputs:
-    """The hidden states of all calibration batches in front of one block, and what else blocks are called with."""
+    """The hidden states of all calibration batches in front of one block, and what else each block is called with."""
 
-    def __init__(self, model: nn.Module, first: nn.Module, batches: Iterable[Batch]) -> None:
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[Batch]) -> None:
+        """One forward of the dense model through its blocks for each batch."""
         self.hidden_states: list[Tensor] = []
-        self._rest: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        handle = first.register_forward_pre_hook(self._keep, with_kwargs=True)
-        try:
+        self._calls: dict[str, list[BlockCall]] = {path: [] for path in blocks}
+        number = 0
+        with without_cache(model):
             for batch in batches:
-                with suppress(_Reached):
-                    model(**batch)
-        finally:
-            handle.remove()
-        if not self.hidden_states:
+                number += 1
+                require_no_cache(batch)
+                found = block_calls(model, blocks, batch)
+                if found is not None:
+                    self.hidden_states.append(found[0])
+                    for path, call in found[1].items():
+                        self._calls[path].append(call)
+        if not number:
             raise UserError("There is no calibration data: expected at least one batch.")
-
-    def _keep(self, block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        named = dict(named)
-        hidden = arguments[0] if arguments else named.pop("hidden_states")
-        self.hidden_states.append(hidden.detach())
-        self._rest.append((arguments[1:], named))
-        raise _Reached
+        if not self.hidden_states:
+            row = next(iter(blocks)).rpartition(".")[0]
+            raise UserError(
+                f"The row of blocks '{row}' was given nothing by the calibration data. Give batches that reach it, or "
+                "name layers of another row with match."
+            )
 
     def copy(self) -> BlockInputs:
         """The same hidden states, to be advanced through other blocks."""
@@ -65,17 +62,19 @@ class BlockInputs:
         other.hidden_states = list(self.hidden_states)
         return other
 
-    def until(self, block: nn.Module, layer: nn.Module, tap: nn.Module | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def until(
+        self, path: str, block: nn.Module, layer: nn.Module, tap: nn.Module | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """What `layer` and, computed before it, `tap` are given by each batch in turn; nothing behind it is computed.
 
-        Both are parts of `block`; `tap` None: the block itself.
+        Both are parts of `block`, which stands at `path`; `tap` None: the block itself.
         """
-        for hidden, (arguments, named) in zip(self.hidden_states, self._rest, strict=True):
+        for hidden, call in self._each(path):
             seen = {"tap": hidden}
 
             def reach(part: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen) -> None:
                 seen["layer"] = inputs[0].detach()
-                raise _Reached
+                raise Reached
 
             def pass_by(part: nn.Module, inputs: tuple[Tensor, ...], seen: dict[str, Tensor] = seen) -> None:
                 seen["tap"] = inputs[0].detach()
@@ -83,23 +82,25 @@ class BlockInputs:
             handles = [] if tap is None else [tap.register_forward_pre_hook(pass_by)]
             handles.append(layer.register_forward_pre_hook(reach))
             try:
-                with suppress(_Reached):
-                    block(hidden, *arguments, **named)
+                with suppress(Reached):
+                    call.output(block, hidden)
             finally:
                 for handle in handles:
                     handle.remove()
             yield seen["layer"], seen["tap"]
 
-    def outputs(self, block: nn.Module) -> Iterator[Tensor]:
-        """The block's output for each batch in turn."""
-        for hidden, (arguments, named) in zip(self.hidden_states, self._rest, strict=True):
-            output = block(hidden, *arguments, **named)
-            yield output if isinstance(output, Tensor) else output[0]
+    def outputs(self, path: str, block: nn.Module) -> Iterator[Tensor]:
+        """What `block`, called as the one at `path`, gives for each batch in turn."""
+        for hidden, call in self._each(path):
+            yield call.output(block, hidden)
 
-    def advance(self, block: nn.Module) -> None:
-        """Put the outputs of `block` in the place of its inputs."""
-        for index, output in enumerate(self.outputs(block)):
+    def advance(self, path: str, block: nn.Module) -> None:
+        """Put the outputs of `block`, which stands at `path`, in the place of its inputs."""
+        for index, output in enumerate(self.outputs(path, block)):
             self.hidden_states[index] = output
+
+    def _each(self, path: str) -> Iterator[tuple[Tensor, BlockCall]]:
+        return zip(self.hidden_states, self._calls[path], strict=True)
 
 
 @contextmanager

@@ -34,12 +34,12 @@ def batches(number: int = 3) -> list[dict[str, object]]:
 @torch.no_grad()
 def found_of(model: LlamaForCausalLM, ranks: dict[str, int | None]):
     (path, block), *_ = blocks_of(model).items()
-    stream = BlockInputs(model, block, batches())
+    stream = BlockInputs(model, blocks_of(model), batches())
     layers = linears_of(block, path, tuple(f"{path}.{name}" for name in ranks))
     with moments_of(layers) as moments:
-        usual = list(stream.outputs(block))
+        usual = list(stream.outputs(path, block))
     ranks = {f"{path}.{name}": rank for name, rank in ranks.items()}
-    spectra, costs = spectra_and_costs(stream, block, layers, moments, ranks, lambda tensor: tensor)
+    spectra, costs = spectra_and_costs(stream, path, block, layers, moments, ranks, lambda tensor: tensor)
     return path, block, stream, layers, moments, usual, spectra, costs
 
 
@@ -57,13 +57,13 @@ def test_the_cost_is_what_the_projected_layer_does_to_the_stream():
         part.bias = torch.nn.Parameter(factors.bias)
         moved = [
             ((after - before).square().sum(-1) / before.square().sum(-1)).flatten()
-            for after, before in zip(stream.outputs(changed), usual, strict=True)
+            for after, before in zip(stream.outputs(path, changed), usual, strict=True)
         ]
         spectrum = spectra[f"{path}.{name}"]
         torch.testing.assert_close(spectrum, factors.spectrum)
         expected = float(torch.cat(moved).mean()) / float(spectrum[rank:].sum())
         assert costs[f"{path}.{name}"] == pytest.approx(expected, rel=1e-6)
-    again = list(stream.outputs(block))
+    again = list(stream.outputs(path, block))
     assert all(torch.equal(one, other) for one, other in zip(again, usual, strict=True))  # the block is as it was
 
 

@@ -21,10 +21,11 @@ STAGES = [
 @pytest.mark.parametrize("whose", [0, 1], ids=["transformers", "ours"])
 def test_stages_and_what_their_layers_are_added_to_are_found(whose, dtype):
     model = pair()[whose].to(dtype)
-    block = next(iter(blocks_of(model).values()))
+    path, block = next(iter(blocks_of(model).items()))
     with torch.no_grad():
         found = stages_of(
-            BlockInputs(model, block, batches()),
+            BlockInputs(model, blocks_of(model), batches()),
+            path,
             block,
             linears_of(block, "", tuple(f".{name}" for name, _ in block.named_modules())),
         )
