@@ -103,7 +103,7 @@ def matching_linears(model: nn.Module, match: str | Sequence[str] | None, asker:
     else:
         chosen = set()
         for pattern in [match] if isinstance(match, str) else match:
-            named = {name for name in linears if _names(pattern, name)}
+            named = {name for name in linears if names_layer(pattern, name)}
             if not named:
                 shown = ", ".join(shorten(linears)[:3]) or "none"
                 raise UserError(f"{asker}'s pattern '{pattern}' names no linear layer. The model has these: {shown}.")
@@ -145,7 +145,8 @@ def load_lora(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             targets[name].copy_(values)
 
 
-def _names(pattern: str, layer: str) -> bool:
+def names_layer(pattern: str, layer: str) -> bool:
+    """Whether a glob over full names, or the end of one, names the layer."""
     fits = fnmatchcase(layer, pattern) or layer.endswith(f".{pattern}")
     return fits and (HEAD in pattern or not is_head(layer))
 

@@ -20,7 +20,7 @@ class CompressionSettings:
         "mimic", "mimic: least error of the outputs, in closed form; mimic_gd: learned; see docs/low-rank.md"
     )
     keep: float | None = setting(None, "share of the layers' numbers to keep, above 0, at most 1")
-    ranks: Any = setting(None, "rank by layer name or its end: '{q_proj: 384, o_proj: 384}'")
+    ranks: Any = setting(None, "rank by layer name, its end or a glob: '{q_proj: 384, o_proj: 384}'")
     allocation: Literal["uniform", "spectrum"] = setting(
         "uniform", "of keep: the same share of each layer, or where it spares the residual stream most"
     )
@@ -68,6 +68,7 @@ class CompressSettings:
             )
         if ranks is not None:
             _check_ranks(ranks)
+            _check_nothing_beside_ranks(self.compress)
         if self.compress.targets == "dense":
             _check_dense_targets(self.compress)
         if self.compress.method == "mimic_gd" and self.compress.inputs == "compressed":
@@ -87,6 +88,15 @@ def _check_dense_targets(compress: CompressionSettings) -> None:
         raise UserError(
             f"compress.targets=dense repairs what compressed predecessors give, got compress.inputs={compress.inputs}. "
             "Expected compress.inputs=compressed."
+        )
+
+
+def _check_nothing_beside_ranks(compress: CompressionSettings) -> None:
+    given = {"match": compress.match is not None, "allocation": compress.allocation != "uniform"}
+    for name in (name for name, is_given in given.items() if is_given):
+        raise UserError(
+            f"compress.ranks names the layers and says their ranks, got compress.{name}={getattr(compress, name)} too. "
+            "Leave one of them out."
         )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from backends import load
 from backends.errors import UserError, unknown
 from backends.layers import BackendLinear
-from backends.lora import matching_linears
 from modelzoo.compression.allocation import (
     LayerShape,
     Ranks,
@@ -22,14 +21,15 @@ from modelzoo.compression.allocation import (
     uniform_ranks,
 )
 from modelzoo.compression.block_calls import Batch
+from modelzoo.compression.choosing import chosen_layers, ranks_by_layer
 from modelzoo.compression.consequences import spectra_and_costs
 from modelzoo.compression.methods import METHODS, Factors, compress, measured_error
 from modelzoo.compression.moments import Moments
 from modelzoo.compression.regression import error_towards_targets, regress, variance_of_targets
 from modelzoo.compression.staged import DenseBeside, Sum, sum_moments
-from modelzoo.compression.streaming import BlockInputs, blocks_of, linears_of, moments_of
+from modelzoo.compression.streaming import BlockInputs, linears_of, moments_of
 
-TARGETS = ("own", "dense")
+ALLOCATIONS, INPUTS, TARGETS = ("uniform", "spectrum"), ("compressed", "dense"), ("own", "dense")
 # layers and their ranks, by name → factors of each
 Learned = Callable[[Mapping[str, nn.Linear], Mapping[str, int]], dict[str, Factors]]
 
@@ -74,23 +74,25 @@ def compress_model(
     """Compress the linear layers of the model's blocks in place; a report of each, in the model's order.
 
     `batches`: what the model is called with, at least one; read once, or twice for `allocation="spectrum"`. `ranks`
-    gives ranks by layer name or its end (`q_proj`); else `keep` is the share of the numbers to stay. `match`: which
-    layers, None: all of the blocks. `inputs`: whether a block's moments are those behind its compressed predecessors or
-    behind the dense ones. `learned` makes all factors beforehand, in place of `method`. `sum_` adds up a tensor over
-    the workers of a job, each with batches of its own. Plain nn.Linear layers become `BackendLinear` with the backend
-    lowrank. A UserError before the first block is replaced leaves the model as it was.
+    gives ranks by layer name, its end (`q_proj`) or a glob; else `keep` is the share of the numbers to stay. `match`:
+    which layers, None: all of the blocks. One row of blocks is compressed, the longest with layers that are named.
+    `inputs`: whether a block's moments are those behind its compressed predecessors or behind the dense ones. `learned`
+    makes all factors beforehand, in place of `method`. `sum_` adds up a tensor over the workers of a job, each with
+    batches of its own. Plain nn.Linear layers become `BackendLinear` with the backend lowrank. A UserError before the
+    first block is replaced leaves the model as it was.
     """
     if method not in METHODS:
         raise unknown("method", method, tuple(METHODS))
+    _require_choices(allocation, inputs, ranks, match)
     _require_targets(targets, method if learned is None else "learned", inputs)
-    blocks = blocks_of(model)
-    layers = _layers(model, blocks, tuple(ranks) if ranks is not None else match)
+    blocks, layers = chosen_layers(model, tuple(ranks) if ranks is not None else match)
     shapes = {name: LayerShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
     was_training = model.training
     model.eval()
     try:
         chosen = _choose(model, blocks, shapes, batches, keep, ranks, allocation, sum_)
-        ready = {} if learned is None else learned(layers, {name: rank for name, rank in chosen.items() if rank})
+        wanted = {name: rank for name, rank in chosen.items() if rank is not None}
+        ready = learned(layers, wanted) if learned is not None and wanted else {}
         stream = BlockInputs(model, blocks, batches)
         reports = []
         widths = {name: shape.in_features for name, shape in shapes.items()}
@@ -108,6 +110,18 @@ def compress_model(
         model.train(was_training)
     order = {name: number for number, name in enumerate(shapes)}
     return sorted(reports, key=lambda report: order[report.name])
+
+
+def _require_choices(
+    allocation: str, inputs: str, ranks: Mapping[str, int] | None, match: str | Sequence[str] | None
+) -> None:
+    if allocation not in ALLOCATIONS:
+        raise unknown("allocation", allocation, ALLOCATIONS)
+    if inputs not in INPUTS:
+        raise unknown("inputs", inputs, INPUTS)
+    if ranks is not None and (match is not None or allocation != "uniform"):
+        what = f"allocation='{allocation}'" if match is None else f"match={match}"
+        raise UserError(f"ranks names the layers and says their ranks, got {what} too. Leave one of them out.")
 
 
 def _require_targets(targets: str, method: str, inputs: str) -> None:
@@ -197,24 +211,6 @@ def spectra_of(
     return spectra, costs
 
 
-def _layers(
-    model: nn.Module, blocks: Mapping[str, nn.Module], match: str | Sequence[str] | None
-) -> dict[str, nn.Linear]:
-    inside = tuple(f"{path}." for path in blocks)
-    named = matching_linears(model, match, "Compression")
-    layers = {name: layer for name, layer in named.items() if name.startswith(inside)}
-    if len(layers) < len(named) and match is not None:
-        outside = next(name for name in named if name not in layers)
-        raise UserError(
-            f"Layer '{outside}' is in none of the model's blocks, so it cannot be compressed. Leave it out."
-        )
-    for name, layer in layers.items():
-        if isinstance(layer, BackendLinear) and (layer.stored is not None or layer.lora_alpha is not None):
-            what = "a low-rank update (LoRA)" if layer.stored is None else f"{', '.join(layer.stored)} already"
-            raise UserError(f"Layer '{name}' stores {what}. Compress the dense checkpoint it came from.")
-    return layers
-
-
 def _choose(
     model: nn.Module,
     blocks: Mapping[str, nn.Module],
@@ -228,14 +224,7 @@ def _choose(
     if (keep is None) == (ranks is None):
         raise UserError("Expected one of compress.keep and compress.ranks.")
     if ranks is not None:
-        by_layer = {
-            name: rank for end, rank in ranks.items() for name in shapes if name == end or name.endswith(f".{end}")
-        }
-        for name, rank in by_layer.items():
-            limit = min(shapes[name].in_features, shapes[name].out_features)
-            if not 1 <= rank <= limit:
-                raise UserError(f"compress.ranks gives layer '{name}' rank {rank}. Expected 1 to {limit}.")
-        return given_ranks(shapes, by_layer)
+        return given_ranks(shapes, ranks_by_layer(shapes, ranks))
     assert keep is not None
     require_keep(keep)
     if allocation == "uniform" or keep == 1:

@@ -14,22 +14,6 @@ from modelzoo.compression.block_calls import Batch, BlockCall, Reached, block_ca
 from modelzoo.compression.moments import Moments
 
 
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's row of blocks, by path: the longest nn.ModuleList of modules that hold linear layers.
-
-    UserError for a model without one.
-    """
-    rows = {
-        path: part
-        for path, part in model.named_modules()
-        if isinstance(part, nn.ModuleList) and all(_has_linear(block) for block in part) and len(part)
-    }
-    if not rows:
-        raise UserError(f"{type(model).__name__} has no nn.ModuleList of blocks with linear layers to compress.")
-    path = max(rows, key=lambda path: len(rows[path]))
-    return {f"{path}.{index}": block for index, block in enumerate(rows[path])}
-
-
 class BlockInputs:
     """The hidden states of all calibration batches in front of one block, and what else each block is called with."""
 
@@ -147,7 +131,3 @@ def linears_of(block: nn.Module, path: str, chosen: Sequence[str]) -> dict[str, 
     """The block's linear layers among `chosen`, by full name."""
     named = {f"{path}.{name}": part for name, part in block.named_modules()}
     return {name: part for name, part in named.items() if name in chosen and isinstance(part, nn.Linear)}
-
-
-def _has_linear(block: nn.Module) -> bool:
-    return any(isinstance(part, nn.Linear) for part in block.modules())

@@ -191,6 +191,11 @@ def test_two_workers_write_what_one_writes(
             {"compress.keep": None, "compress.ranks": "{qq_proj: 9}"},
             "Compression's pattern 'qq_proj' names no linear layer",
         ),
+        ({"compress.keep": None, "compress.ranks": "{q_proj: 4}", "compress.match": "[up_proj]"}, "got compress.match"),
+        (
+            {"compress.keep": None, "compress.ranks": "{q_proj: 4}", "compress.allocation": "spectrum"},
+            "got compress.allocation=spectrum too. Leave one of them out",
+        ),
         ({"compress.method": "svdllm"}, "svd_llm"),
         ({"checkpoint.model_name_or_path": "/nowhere"}, "no folder '/nowhere'"),
         ({"max_seq_length": 64}, "not compatible with this model"),

@@ -10,7 +10,8 @@ from torch import nn
 from backends.errors import UserError
 from modelzoo.compression import compress_model
 from modelzoo.compression.block_calls import block_calls
-from modelzoo.compression.streaming import BlockInputs, blocks_of
+from modelzoo.compression.choosing import blocks_of
+from modelzoo.compression.streaming import BlockInputs
 from tests.modelzoo.compression.test_compressing import pair
 from tests.modelzoo.llamas import llama_config
 

@@ -146,6 +146,16 @@ def test_ranks_by_name_leave_the_other_layers_and_those_above_break_even_as_they
     assert model.get_submodule("model.layers.1.self_attn.o_proj").weight.shape == (32, 32)
 
 
+def test_where_no_layer_is_to_be_compressed_none_is_learned():
+    def learned(layers, ranks):
+        raise AssertionError("nothing is to be learned")
+
+    _, model = pair()
+    for settings in ({"keep": 1.0}, {"ranks": {"q_proj": 32}}):
+        reports = compress_model(model, batches(1), method="svd", inputs="dense", learned=learned, **settings)
+        assert all(each.rank is None for each in reports)
+
+
 def refused(told: str, **settings: object) -> None:
     _, model = pair()
     before = {name: each.clone() for name, each in model.state_dict().items()}
@@ -163,6 +173,10 @@ def refused(told: str, **settings: object) -> None:
 
 def test_mistakes_are_named_and_leave_the_model_as_it_was():
     refused("Did you mean 'svd_llm'", method="svdllm", keep=0.5)
+    refused("Unknown allocation 'unifrom'. Did you mean 'uniform'", keep=0.5, allocation="unifrom")
+    refused("Unknown inputs 'denses'. Did you mean 'dense'", keep=0.5, inputs="denses")
+    refused("got match=up_proj too", ranks={"q_proj": 3}, match="up_proj")
+    refused("got allocation='spectrum' too", ranks={"q_proj": 3}, allocation="spectrum")
     refused("Expected the share", keep=1.5)
     refused("Expected one of", keep=0.5, ranks={"q_proj": 3})
     refused("rank 33. Expected 1 to 32", ranks={"q_proj": 33})

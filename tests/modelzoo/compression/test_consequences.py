@@ -7,10 +7,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modelzoo.compression.allocation import LayerShape
+from modelzoo.compression.choosing import blocks_of
 from modelzoo.compression.compressing import compress_model, spectra_of
 from modelzoo.compression.consequences import spectra_and_costs
 from modelzoo.compression.methods import compress
-from modelzoo.compression.streaming import BlockInputs, blocks_of, linears_of, moments_of
+from modelzoo.compression.streaming import BlockInputs, linears_of, moments_of
 
 SHAPE = {"vocab_size": 60, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "head_dim": 8}
 

@@ -5,8 +5,9 @@ import torch
 
 from backends.errors import UserError
 from modelzoo.compression import compress_model
+from modelzoo.compression.choosing import blocks_of
 from modelzoo.compression.staged import Stage, stages_of
-from modelzoo.compression.streaming import BlockInputs, blocks_of, linears_of
+from modelzoo.compression.streaming import BlockInputs, linears_of
 from tests.modelzoo.compression.test_compressing import batches, inputs_of, pair
 
 STAGES = [
