@@ -84,23 +84,6 @@ def test_evaluation_without_a_dev_split(refused: Refused, tiny_dataset: Path, tm
     assert "training.evaluate=false" in refused(training__dataset=str(tmp_path / "data"))
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora.r": "2"}])
-@pytest.mark.parametrize("harm", ["empty", "damaged"])
-def test_a_tokenizer_that_cannot_be_loaded(
-    refused: Refused, tiny_dataset: Path, tmp_path: Path, harm: str, lora: dict[str, str]
-) -> None:
-    """Before the first step, not after the last one."""
-    dataset = tmp_path / "dataset"
-    shutil.copytree(tiny_dataset, dataset)
-    if harm == "empty":
-        shutil.rmtree(dataset / "tokenizer")
-        (dataset / "tokenizer").mkdir()
-    else:
-        (dataset / "tokenizer" / "tokenizer.json").write_text("{}")
-    message = "has no tokenizer" if harm == "empty" else "The tokenizer cannot be loaded"
-    assert message in refused(training__dataset=str(dataset), **lora)
-
-
 @pytest.mark.parametrize("harm", ["truncated", "foreign"])
 def test_damaged_data(refused: Refused, tiny_dataset: Path, tmp_path: Path, harm: str) -> None:
     shutil.copytree(tiny_dataset, tmp_path / "data")
