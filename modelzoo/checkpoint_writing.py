@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import fnmatch
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from backends.errors import UserError
 from modelzoo import stored_layers
 from modelzoo.folder_exchange import exchange, sync
+from modelzoo.folder_filling import CANNOT_MOVE, fill, finish_filling, remove_folder, temporary_name
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,6 +60,7 @@ def save_model(
 
     `tokenizer`: a folder to copy the tokenizer's files from, or an object with save_pretrained. Everything is written
     beside `folder`, flushed to the disk and then exchanged for it: until then an earlier checkpoint there is untouched.
+    A folder that cannot be exchanged, a mounted volume for example, is filled: see modelzoo.folder_filling.
     Other files in the folder stay. Raises UserError when it cannot be written.
     """
     with written_beside(folder, "checkpoint") as new:
@@ -71,25 +73,27 @@ def save_model(
 def written_beside(folder: str | Path, what: str) -> Iterator[Path]:
     """A new folder beside `folder`, whose files take the place of those of the same name there when all is written.
 
-    UserError when it cannot be written; then, and after any other error, `folder` is as it was.
+    It lies inside `folder` where that cannot be exchanged. UserError when it cannot be written; then, and after any
+    other error, `folder` is as it was.
     """
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"'{folder}' is a file. Expected a folder to save the {what} to.")
-    new = target.parent / f".tmp-{secrets.token_hex(4)}-{target.name}"
+    new = temporary_name(target)
     try:
+        finish_filling(target)
         new.mkdir(parents=True)
         yield new
         _flush(new)
         _exchange(new, target)
-        sync(target.parent)
+        sync(new.parent)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk with an error of its own
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"Cannot save the {what} to '{folder}': {reason}. Make room, or choose another folder."
         ) from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        remove_folder(new)
 
 
 def save_configs(model: PreTrainedModel, folder: Path, tokenizer: str | Path | Any | None = None) -> None:
@@ -185,11 +189,23 @@ def _exchange(new: Path, target: Path) -> None:
     if not target.exists():
         os.rename(new, target)
         return
-    kept = [entry for entry in target.iterdir() if not _belongs_to_checkpoint(entry)]
-    kept = [entry for entry in kept if not os.path.lexists(new / entry.name)]
-    for entry in kept:
-        _link(entry, new / entry.name)
-    exchange(new, target)
+    entries = [entry for entry in target.iterdir() if entry != new]
+    kept = [entry for entry in entries if not _belongs_to_checkpoint(entry) and not os.path.lexists(new / entry.name)]
+    old = [entry for entry in entries if entry not in kept]
+    if new.parent == target:
+        fill(new, target, old)
+        return
+    try:
+        for entry in kept:
+            _link(entry, new / entry.name)
+        exchange(new, target)
+    except OSError as error:
+        if error.errno not in CANNOT_MOVE:
+            raise
+        for entry in kept:
+            _remove(new / entry.name)
+        fill(new, target, old)
+        return
     for entry in kept:  # which somebody may have been writing to meanwhile
         _move_missing(new / entry.name, target / entry.name)
 
@@ -208,8 +224,10 @@ def _link(source: Path, target: Path) -> None:
         return
     try:
         os.link(source, target, follow_symlinks=False)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno == errno.EXDEV:  # of another volume: never copied off it
+            raise
+        shutil.copy2(source, target, follow_symlinks=False)  # a file system without hard links
 
 
 def _move_missing(source: Path, target: Path) -> None:
@@ -218,3 +236,11 @@ def _move_missing(source: Path, target: Path) -> None:
     elif source.is_dir() and not source.is_symlink() and target.is_dir():
         for entry in source.iterdir():
             _move_missing(entry, target / entry.name)
+
+
+def _remove(link: Path) -> None:
+    """Remove what `_link` made."""
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    else:
+        link.unlink(missing_ok=True)

@@ -2,14 +2,14 @@
 
 Everything is first written under a hidden temporary name in the same parent folder (so that the final rename stays on
 one file system), flushed to the disk, then renamed. A crash, Ctrl-C or full disk never leaves half a file under the
-real name, and never touches what lay there before.
+real name, and never touches what lay there before. A folder that cannot be renamed, a mounted volume for example, is
+filled instead, from a hidden folder inside: modelzoo/folder_filling.py says what a crash can leave there.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from backends.errors import UserError
 from modelzoo.folder_exchange import exchange, sync
+from modelzoo.folder_filling import CANNOT_MOVE, fill, holds_mount, remove_folder, temporary_name
 
 _FULL_OR_READ_ONLY = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
@@ -50,6 +51,8 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         raise UserError(f"'{path}' is a file, but a folder is to be written there. Remove it or name another folder.")
     if not overwrite:
         _refuse_filled(target)
+    elif target.exists() and any(holds_mount(entry) for entry in target.iterdir()):
+        raise UserError(f"Something is mounted inside '{path}', which is to be replaced. Choose another folder.")
     with _written_beside(target) as temporary:
         temporary.mkdir()
         yield temporary
@@ -58,9 +61,9 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
                 sync(Path(folder, name))
             sync(Path(folder))
         if not overwrite:
-            _refuse_filled(target)  # somebody else may have been quicker
+            _refuse_filled(target, ours=temporary)  # somebody else may have been quicker
         _exchange(temporary, target)
-        sync(target.parent)
+        sync(temporary.parent)
 
 
 def is_filled(folder: Path) -> bool:
@@ -96,19 +99,22 @@ def make_parents(folder: Path, made: list[Path]) -> None:
         made.append(place)
 
 
-def _refuse_filled(folder: Path) -> None:
-    if is_filled(folder):
+def _refuse_filled(folder: Path, ours: Path | None = None) -> None:
+    if folder.is_dir() and any(entry != ours for entry in folder.iterdir()):
         raise UserError(f"The folder '{folder}' is not empty. Name another folder, or allow overwriting it.")
 
 
 @contextmanager
 def _written_beside(target: Path) -> Iterator[Path]:
-    """Yield a free hidden name beside `target`; tidy up on failure, and turn errors of the place into UserErrors."""
-    temporary = target.parent / f".tmp-{secrets.token_hex(4)}-{target.name}"
+    """Yield a free hidden name beside `target` (inside, where it is a folder that cannot move).
+
+    Tidies up on failure, and turns errors of the place into UserErrors.
+    """
+    temporary = temporary_name(target)
     made: list[Path] = []
     try:
         make_parents(target.parent, made)
-        os.scandir(target.parent).close()  # complains when it is a file
+        os.scandir(temporary.parent).close()  # complains when it is a file
         yield temporary
     except BaseException as error:
         _remove(temporary)
@@ -130,12 +136,22 @@ def _is_about(error: OSError, target: Path, temporary: Path) -> bool:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Move the complete folder `new` to `target`; a folder already there is removed afterwards."""
+    """Move the complete folder `new` to `target`; what was there is removed afterwards."""
     if not target.exists():
         os.rename(new, target)
         return
-    exchange(new, target)
-    shutil.rmtree(new)
+    old = [entry for entry in target.iterdir() if entry != new]
+    if new.parent == target:
+        fill(new, target, old)
+        return
+    try:
+        exchange(new, target)
+    except OSError as error:
+        if error.errno not in CANNOT_MOVE:
+            raise
+        fill(new, target, old)
+        return
+    remove_folder(new)
 
 
 def _remove(path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from apps.training.files import atomic_folder, atomic_path, require_writable
 from backends.errors import UserError
+from modelzoo import folder_filling
 
 
 def names(folder: Path) -> set[str]:
@@ -82,6 +83,62 @@ def test_overwriting_exchanges_the_whole_folder_or_nothing(tmp_path):
         (temporary / "new").write_text("all")
     assert names(out) == {"new"}
     assert names(tmp_path) == {"out"}
+
+
+def mounted(monkeypatch, path):
+    monkeypatch.setattr(folder_filling, "mount_table", lambda: f"36 35 98:0 / {path} rw - ext4 /dev/sdb rw\n")
+
+
+def test_a_mounted_volume_is_filled_and_replaced_by_its_content(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    mounted(monkeypatch, out)
+    monkeypatch.setattr("apps.training.files.exchange", None)
+    with atomic_folder(out) as temporary:
+        (temporary / "metadata.yaml").write_text("1")
+        (temporary / "tokenizer").mkdir()
+        (temporary / "tokenizer" / "old").touch()
+        assert temporary.parent == out
+    with pytest.raises(UserError, match="is not empty"), atomic_folder(out):
+        pytest.fail("the block ran")
+    with pytest.raises(KeyboardInterrupt):
+        write_half(atomic_folder(out, overwrite=True), KeyboardInterrupt)
+    assert names(out) == {"metadata.yaml", "tokenizer"}
+    with atomic_folder(out, overwrite=True) as temporary:
+        (temporary / "tokenizer").mkdir()
+        (temporary / "metadata.yaml").write_text("2")
+    assert names(out) == {"metadata.yaml", "tokenizer"}
+    assert (out / "metadata.yaml").read_text() == "2"
+    assert names(out / "tokenizer") == set()
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_folder_that_cannot_be_exchanged_after_all_is_filled(tmp_path, monkeypatch):
+    def fail(one, other):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr("apps.training.files.exchange", fail)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with atomic_folder(tmp_path / "out", overwrite=True) as temporary:
+        (temporary / "new").touch()
+    assert names(tmp_path / "out") == {"new"}
+    assert names(tmp_path) == {"out"}
+
+
+def test_of_two_writers_of_one_volume_the_first_wins(tmp_path, monkeypatch):
+    mounted(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match="is not empty"), atomic_folder(tmp_path):
+        (tmp_path / "theirs").touch()
+    assert names(tmp_path) == {"theirs"}
+
+
+def test_a_volume_inside_a_folder_to_be_replaced_is_spared_before_the_block_runs(tmp_path, monkeypatch):
+    (tmp_path / "out" / "volume").mkdir(parents=True)
+    mounted(monkeypatch, tmp_path / "out" / "volume")
+    with pytest.raises(UserError, match="mounted inside"), atomic_folder(tmp_path / "out", overwrite=True):
+        pytest.fail("the block ran")
+    assert names(tmp_path / "out") == {"volume"}
 
 
 def test_a_link_to_another_disk_is_followed(tmp_path):
