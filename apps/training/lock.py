@@ -11,6 +11,7 @@ from pathlib import Path
 
 from apps.training.files import make_parents
 from backends.errors import UserError
+from modelzoo.folder_filling import remove_leftovers
 
 LOCK = ".lock"
 
@@ -19,7 +20,8 @@ LOCK = ".lock"
 def locked(folders: Mapping[str, Path]) -> Iterator[None]:
     """Hold the folders (by the setting that names them) for this process until the block ends, or the process does.
 
-    Makes the folders; those still empty at the end are removed again. Raises UserError when another run holds one.
+    Makes the folders; those still empty at the end are removed again. Takes away what a run that was killed while it
+    saved its model or adapter left half written. Raises UserError when another run holds one.
     """
     distinct: dict[Path, str] = {}
     for setting, folder in folders.items():
@@ -43,6 +45,8 @@ def _locked(folder: Path, setting: str) -> Iterator[None]:
             raise UserError(f"Cannot write {setting}={folder}: {error.strerror}. Choose another folder.") from error
         raise
     try:
+        for saved in (folder, folder / "adapter"):
+            remove_leftovers(saved)
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is held: nobody can be waiting for a file that is gone, see `_take`

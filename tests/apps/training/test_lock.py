@@ -73,3 +73,16 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, place: str) 
     setting = {"training.output_dir": tmp_path / place}
     with pytest.raises(UserError, match=rf"Cannot write training.output_dir=.*{place}"), locked(setting):
         pass
+
+
+def test_what_a_killed_run_had_half_saved_is_removed_as_soon_as_the_folder_is_held(tmp_path: Path) -> None:
+    half = (".tmp-0123abcd-run", "run/.tmp-0123abcd-adapter")
+    with holder(tmp_path / "run") as first:
+        for name in (*half, ".tmp-0123abcd-other"):
+            (tmp_path / name).mkdir(parents=True)
+        with pytest.raises(UserError, match="in use"), locked({"training.output_dir": tmp_path / "run"}):
+            pass
+        assert all((tmp_path / name).is_dir() for name in half)
+        first.kill()
+    with locked({"training.output_dir": tmp_path / "run"}):
+        assert sorted(path.name for path in tmp_path.rglob(".tmp-*")) == [".tmp-0123abcd-other"]
