@@ -23,6 +23,7 @@ if not __package__:  # started as a file: make the repository importable from wh
 from apps.compression.settings import CompressSettings
 from apps.training.cli import run_main
 from apps.training.config import parse_dataclass
+from apps.training.files import require_writable
 from apps.training.progress import Progress
 from apps.training.workers.launch import find_launch, own_gpu
 from backends.errors import UserError
@@ -40,6 +41,7 @@ def program(argv: Sequence[str]) -> None:
     output = Path(settings.output_dir).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output_dir={output} is not empty. Expected a new folder.")
+    require_writable(output, "output_dir")
     launch = own_gpu(find_launch())
 
     import torch
@@ -57,13 +59,15 @@ def program(argv: Sequence[str]) -> None:
 
 def compress(settings: CompressSettings, output: Path, workers: Workers, device: torch.device) -> None:
     """Load, take the perplexity, compress, take it again, save."""
+    import modelzoo
     from apps.compression.calibration import calibration_batches, find_data, perplexity
     from apps.compression.learning import Learning
     from apps.compression.report import CSV, PICTURE, layer_table, summary, write_csv, write_picture
     from modelzoo.compression import compress_model
 
+    config = modelzoo.load_config(model_name_or_path=settings.checkpoint.model_name_or_path)
+    dataset = find_data(settings, config.vocab_size, workers)  # a mistake in it is answered before weights are loaded
     model = load(settings, device)
-    dataset = find_data(settings, model.config.vocab_size, workers)
     batches = calibration_batches(dataset, settings, workers, device)
     tokens = len(batches) * settings.batch_size * settings.max_seq_length * workers.world_size
     print(f"Calibration: {tokens:,} tokens of {dataset.folder}", flush=True)

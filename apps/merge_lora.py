@@ -20,6 +20,7 @@ if not __package__:  # started as a file: make the repository importable from wh
 from apps.training.cli import run_main
 from apps.training.config import parse_dataclass
 from apps.training.config_schema import setting
+from apps.training.files import require_writable
 from apps.training.progress import Progress
 from backends.errors import UserError
 
@@ -50,6 +51,7 @@ def merge(argv: Sequence[str]) -> None:
     base, output = Path(settings.checkpoint.model_name_or_path).expanduser(), Path(settings.output_dir).expanduser()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"output_dir={output} is not empty. Expected a new folder.")
+    require_writable(output, "output_dir")
 
     import modelzoo
     from apps.training.lora import add_adapter

@@ -221,6 +221,26 @@ def test_each_mistake_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "low").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"output_dir": "/proc/low"}, "Cannot write output_dir=/proc/low: "),
+        ({"compress.calibration": "/nowhere"}, "There is no dataset folder '/nowhere'"),
+    ],
+)
+def test_where_it_reads_and_writes_is_looked_at_before_weights_are_loaded(
+    arguments: dict[str, object],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    told: str,
+) -> None:
+    monkeypatch.setattr(modelzoo, "load_model", None)
+    code, _, err = run(capsys, monkeypatch, arguments | changes)
+    assert code == 2
+    assert told in err
+
+
 def test_a_compressed_checkpoint_is_not_compressed_again(
     arguments: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,12 @@ def test_a_run_leaves_the_merged_model_and_its_adapter(
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_merging_looks_at_its_output_folder_first(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["checkpoint.model_name_or_path=/nowhere", "lora.adapter=/nowhere", "output_dir=/proc/merged"]
+    assert run_main(merge, given) == 2
+    assert "Cannot write output_dir=/proc/merged: " in capsys.readouterr().err
+
+
 def test_without_merging_only_the_adapter_is_written(on_base: dict[str, str], tmp_path: Path) -> None:
     assert run(on_base, lora__merge="false", lora__match="[q_proj, v_proj]", lora__train_norms="true") == 0
     out = tmp_path / "out"

@@ -26,7 +26,7 @@ from apps.training.data.spool import Spool
 from apps.training.data.storage import METADATA
 from apps.training.data.tokenizer import Tokenizer, check_vocab_size, copy_tokenizer, load_tokenizer, train_tokenizer
 from apps.training.data.writing import write_checksums, write_metadata
-from apps.training.files import atomic_folder, is_filled
+from apps.training.files import atomic_folder, is_filled, require_writable
 from apps.training.progress import Progress
 from backends.errors import UserError
 
@@ -46,6 +46,7 @@ def prepare(options: PrepareOptions) -> Prepared:
     """Make the dataset. Raises UserError, leaving nothing behind, when input or settings are wrong."""
     folder = options.folder
     _refuse_other_things(folder, options.overwrite)
+    require_writable(folder, "output_dir")
     given = None if options.tokenizer == "train" else load_tokenizer(options.tokenizer)
     if given is None:
         check_vocab_size(options.vocab_size)

@@ -230,6 +230,12 @@ def test_wrong_settings_are_one_line_and_leave_nothing(texts, make, tmp_path, op
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"]
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_input_is_read(texts, make, monkeypatch):
+    monkeypatch.setattr(prepare, "read_through", None)
+    with pytest.raises(UserError, match=r"Cannot write output_dir=/proc/new: "):
+        make("/proc/new")
+
+
 @pytest.mark.parametrize("step", ["encode", "write_splits", "write_checksums"])
 def test_ctrl_c_at_any_step_leaves_nothing(texts, make, tmp_path, monkeypatch, step):
     def interrupted(*_):
