@@ -130,7 +130,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     rows_per_step = settings.batch_size * accumulation * workers.world_size
     dataset = find_dataset(config, plan.model_config.vocab_size, rows_per_step, workers)
     identity = run_identity(config, plan, dataset, rows_per_step)
-    resumed = open_resumed(checkpoint, identity, config)
+    resumed = open_resumed(checkpoint, identity, config, workers)
     loader = TrainLoader(
         dataset,
         batch_size=settings.batch_size,

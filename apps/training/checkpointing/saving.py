@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from apps.training.checkpointing.manifest import MANIFEST
 from apps.training.checkpointing.publishing import BEING_WRITTEN, clean, remove_later, require_no_later
 from apps.training.checkpointing.reading import Checkpoint, open_checkpoint
 from apps.training.checkpointing.resume import goes_on_in_place, require_same_run, save_folder
@@ -95,13 +96,30 @@ class Resumed:
         print(f"Going on after step {self.step}: {self.checkpoint.path}", flush=True)
 
 
-def open_resumed(path: Path | None, identity: Mapping[str, Any], config: TrainConfig) -> Resumed:
-    """The checkpoint `path`, whose bytes were checked, as what to go on from. UserError when it is of another run."""
+def open_resumed(path: Path | None, identity: Mapping[str, Any], config: TrainConfig, workers: Workers) -> Resumed:
+    """The checkpoint `path`, whose bytes were checked, as what to go on from.
+
+    UserError when it is of another run, or when another worker found another one. Every worker calls it.
+    """
+    _require_same_choice(path, workers)
     if path is None:
         return Resumed()
     checkpoint = open_checkpoint(path, is_checked=True)
     require_same_run(checkpoint.state, identity, path=path, overwrite_config=config.checkpoint.overwrite_config)
     return Resumed(checkpoint.step, checkpoint.records, checkpoint.evaluations, checkpoint)
+
+
+def _require_same_choice(path: Path | None, workers: Workers) -> None:
+    """Each worker looked for itself, and the file system of its host may have shown it less than the others'."""
+    digest = "" if path is None else hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:12]
+    mine = "no checkpoint" if path is None else f"{path} ({MANIFEST}: {digest})"
+    theirs = workers.broadcast_text(f"{digest} {mine}")
+    first_digest, _, first = theirs.partition(" ")
+    if digest != first_digest:
+        raise UserError(
+            f"Worker {workers.rank} found {mine} to go on from, worker 0 found {first}. "
+            "Expected the same on every host; start again when the file system shows all of them the same files."
+        )
 
 
 class Saver:

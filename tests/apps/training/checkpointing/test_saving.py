@@ -9,7 +9,7 @@ import pytest
 
 from apps.training.checkpointing.manifest import newest_complete
 from apps.training.checkpointing.reading import newest
-from apps.training.checkpointing.saving import Resumed, Saver
+from apps.training.checkpointing.saving import Resumed, Saver, open_resumed
 from apps.training.checkpointing.writer import CheckpointWriter
 from apps.training.config import parse
 from apps.training.reporting.records import Evaluation
@@ -159,3 +159,19 @@ def test_a_late_evaluation_of_the_last_step_is_saved_with_it(make_saver: Any, tm
     outcome.evaluations.append(Evaluation(step=3, loss=2.0, num_counted=5))
     saver.on_end(outcome)
     assert newest(tmp_path / "checkpoints").evaluations == outcome.evaluations
+
+
+def test_workers_that_found_different_checkpoints_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the listing of a network file system is old on one host."""
+    config = parse(["command=run"])
+    save(tmp_path, 2, 4, state={"run": {}})
+    said: list[str] = []
+    workers = Workers.solo()
+    monkeypatch.setattr(workers, "broadcast_text", lambda text: said.append(text) or said[0])  # worker 0 is first
+    assert open_resumed(tmp_path / "iter_4", {}, config, workers).step == 4
+    workers.rank = 1
+    assert open_resumed(tmp_path / "iter_4", {}, config, workers).step == 4
+    with pytest.raises(UserError, match=r"Worker 1 found .*iter_2 \(.*\) to go on from, worker 0 found .*iter_4 \("):
+        open_resumed(tmp_path / "iter_2", {}, config, workers)
+    with pytest.raises(UserError, match=r"Worker 1 found no checkpoint to go on from, worker 0 found .*iter_4"):
+        open_resumed(None, {}, config, workers)
