@@ -142,6 +142,7 @@ def _messages(value: Any) -> Messages:
     for message in value:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError("a message without a role, expected {'role': …, 'content': …}")
+        _text(message["role"], "role")
         _text(message.get("content"), "content")
     return value
 
@@ -157,6 +158,13 @@ def _alternating(value: Any) -> Messages:
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"'{name}' is a {type(value).__name__}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell it, UTF-8 cannot
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise ValueError(
+            f"'{name}' has half a character, {half} at {error.start}. Mend or leave out the line"
+        ) from None
     return value
 
 

@@ -161,6 +161,8 @@ def _json_lines(path: Path, style: Style) -> Iterator[Piece]:
                 raise UserError(
                     f"{path}:{number}: not JSON ({error.msg} at column {error.colno}). Mend the line."
                 ) from None
+            except (ValueError, RecursionError) as error:  # more digits, or deeper, than Python reads
+                raise UserError(f"{path}:{number}: not readable ({str(error).split(';')[0]}). Mend the line.") from None
             yield from _record_piece(record, f"{path}:{number}", style)
 
 
@@ -199,7 +201,15 @@ def _record_piece(record: Any, origin: str, style: Style) -> Iterator[Piece]:
 def _load_saved(path: Path, split: str) -> Any:
     import datasets
 
-    return _one_split(datasets.load_from_disk(str(path)), split, str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # files that lack, are cut short, or of another program
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"'{path}' holds {' or '.join(_SAVED)}, but cannot be read as a dataset that save_to_disk wrote "
+            f"({reason}). Give its files by a pattern such as 'FOLDER/*.jsonl', or save it again."
+        ) from error
+    return _one_split(loaded, split, str(path))
 
 
 def _load_table(path: Path) -> Any:

@@ -104,6 +104,10 @@ def test_what_the_datasets_package_reads(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a.jsonl:2: not JSON \(Expecting value at column 9\)"),
         ("a.jsonl", b'\n{"txt": "x"}\n', r"a.jsonl:2: no known keys among \['txt'\]"),
         ("a.jsonl", b'{"text": "\xff"}', "a.jsonl' is not UTF-8 text"),
+        ("a.jsonl", b'{"text": "cut \\ud83d"}', r"a.jsonl:1: 'text' has half a character, \\ud83d at 4\. Mend"),
+        ("a.jsonl", b'[{"role": "\\udc00", "content": ""}]', r"a.jsonl:1: 'role' has half a character, \\udc00 at 0"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"1" * 5000, r"a.jsonl:2: not readable \(.*5000 digits\)\. Mend the line"),
+        ("a.jsonl", b"[" * 200_000, r"a.jsonl:1: not readable \(.*recursion"),
         ("a.txt", b"\x89PNG\r\n", "a.txt' is not UTF-8 text"),
         ("a.parquet", b"PAR1", "a.parquet' is not a whole parquet file"),
         ("a.json", b"{", "a.json' cannot be read as a json table"),
@@ -114,6 +118,16 @@ def test_a_mistake_is_named_by_file_and_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         texts(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_only_looks_saved_is_one_clear_line(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    write_lines(tmp_path / "a.jsonl", {"text": "one"})
+    with pytest.raises(
+        UserError, match="holds dataset_info.json.* cannot be read as a dataset that save_to_disk"
+    ) as told:
+        texts(tmp_path)
+    assert "\n" not in str(told.value)
 
 
 def test_files_that_are_not_text_can_be_left_out(tmp_path):
