@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +18,7 @@ import numpy as np
 from apps.training.data.packing import Rows
 from apps.training.data.row_files import DATASETS
 from apps.training.data.storage import METADATA
+from backends.errors import UserError
 
 # 16 KiB: reading one random row unpacks little (row_files.py has the figures), and files are only 10 % larger than
 # with chunks of 1 MiB. A higher gzip level or the shuffle filter saves 5 % more and costs reading time.
@@ -33,13 +37,20 @@ class SplitWriter:
         self.folder, self.split, self.num_rows, self.num_files = folder, split, 0, num_files
         self._chunk_rows = max(1, CHUNK_TOKENS // max_seq_length)
         self._parts = [folder / f".{split}-{number}" for number in range(num_files)]
-        self._files = [h5py.File(path, "w") for path in self._parts]
-        self._waiting: list[list[Rows]] = [[] for _ in self._files]
-        for file in self._files:
-            for name in DATASETS:
-                shape, most = (0, max_seq_length), (None, max_seq_length)
-                chunks = (self._chunk_rows, max_seq_length)
-                file.create_dataset(name, shape, np.int32, maxshape=most, chunks=chunks, compression="gzip")
+        self._files: list[Any] = []
+        self._waiting: list[list[Rows]] = [[] for _ in self._parts]
+        shape, most, chunks = (0, max_seq_length), (None, max_seq_length), (self._chunk_rows, max_seq_length)
+        try:
+            for number, path in enumerate(self._parts):
+                with self._plain_errors(number):
+                    # Without a cache a chunk is written at once: HDF5 says nothing of one it cannot write later.
+                    file = h5py.File(path, "w", rdcc_nbytes=0)
+                    self._files.append(file)
+                    for name in DATASETS:
+                        file.create_dataset(name, shape, np.int32, maxshape=most, chunks=chunks, compression="gzip")
+        except BaseException:
+            self._let_go()
+            raise
 
     def __enter__(self) -> SplitWriter:
         return self
@@ -47,11 +58,11 @@ class SplitWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-        for file in self._files:
-            with suppress(OSError, RuntimeError):  # the disk may be full; the first error is the one to show
-                file.close()
+        try:
+            if error is None:
+                self.close()
+        finally:
+            self._let_go()
 
     def write(self, rows: Rows) -> None:
         """Append rows, int32 [n, S] each."""
@@ -66,7 +77,8 @@ class SplitWriter:
         """Write what is left and return the files, named."""
         for number, file in enumerate(self._files):
             self._flush(number, whole_chunks=False)
-            file.close()
+            with self._plain_errors(number):
+                file.close()
         used = self.num_files = min(self.num_rows, len(self._parts))
         for part in self._parts[used:]:
             part.unlink(missing_ok=True)
@@ -85,11 +97,35 @@ class SplitWriter:
         if not ready:
             return
         whole = [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
-        for name, data in zip(DATASETS, whole, strict=True):
-            stored = self._files[number][name]
-            stored.resize(len(stored) + ready, axis=0)
-            stored[-ready:] = data[:ready]
+        with self._plain_errors(number):
+            for name, data in zip(DATASETS, whole, strict=True):
+                stored = self._files[number][name]
+                stored.resize(len(stored) + ready, axis=0)
+                stored[-ready:] = data[:ready]
         self._waiting[number] = [Rows(*(data[ready:] for data in whole))]
+
+    @contextmanager
+    def _plain_errors(self, number: int) -> Iterator[None]:
+        """The system's error of file `number`: HDF5's own is a page of text, and a RuntimeError where it closes."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            found = re.search(r"errno = (\d+)", str(error))
+            if found is None:
+                raise
+            code = int(found[1])
+            if code in (errno.EMFILE, errno.ENFILE):
+                setting = "num_splits" if self.split == "train" else f"num_{self.split}_splits"
+                raise UserError(
+                    f"{setting}={self.num_files} files cannot all be open at once: the system allows {number} here. "
+                    f"Use fewer, or allow more by 'ulimit -n {self.num_files + 100}'."
+                ) from error
+            raise OSError(code, os.strerror(code), str(self._parts[number])) from error
+
+    def _let_go(self) -> None:
+        for file in self._files:
+            with suppress(OSError, RuntimeError):  # the disk may be full; the first error is the one to show
+                file.close()
 
 
 def write_metadata(folder: Path, metadata: Mapping[str, Any]) -> None:

@@ -1,6 +1,9 @@
 """What we write, read by an independent re-implementation of the reference reader's conventions."""
 
 import json
+import os
+import resource
+from contextlib import contextmanager
 from itertools import pairwise
 
 import h5py
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from apps.training.data.packing import Rows
 from apps.training.data.row_files import RowFiles, inspect
 from apps.training.data.writing import SplitWriter, sha256_of_file, write_checksums, write_metadata
+from backends.errors import UserError
 
 
 def read_like_the_reference(folder):
@@ -92,6 +96,47 @@ def test_an_error_while_writing_stays_the_error_and_names_no_file(tmp_path):
     with pytest.raises(KeyboardInterrupt), writer:
         raise KeyboardInterrupt
     assert list(tmp_path.glob("train*")) == []
+
+
+@contextmanager
+def limited(what, most):
+    """At most so many bytes a file (then errno 27), or open files of this process."""
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
+def random_rows(count):
+    rng = np.random.default_rng(0)
+    return Rows(rng.integers(0, 30_000, (count, 64), np.int32), np.zeros((count, 64), np.int32))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_disk_that_is_full_is_the_systems_error_with_the_file(tmp_path, share, capfd):
+    """Whether it is full for the header, the rows, or what HDF5 writes when a file is closed."""
+    with SplitWriter(tmp_path, "dev", 1, 64) as writer:
+        writer.write(random_rows(256))
+    room = int(share * (tmp_path / "dev_1_of_1.hdf5").stat().st_size)
+    with (
+        limited(resource.RLIMIT_FSIZE, room),
+        pytest.raises(OSError, match=r"File too large: .*\.train-0'$"),
+        SplitWriter(tmp_path, "train", 1, 64) as writer,
+    ):
+        writer.write(random_rows(256))
+    assert "Exception ignored" not in capfd.readouterr().err
+
+
+def test_more_files_than_may_be_open_are_answered_with_the_setting(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    with (
+        limited(resource.RLIMIT_NOFILE, before + 20),
+        pytest.raises(UserError, match=r"num_dev_splits=64 files cannot all be open at once: .*'ulimit -n 164'"),
+    ):
+        SplitWriter(tmp_path, "dev", 64, 4)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_metadata_and_checksums(tmp_path):
