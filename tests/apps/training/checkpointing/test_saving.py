@@ -165,9 +165,9 @@ def test_workers_that_found_different_checkpoints_do_not_start(tmp_path: Path, m
     """As when the listing of a network file system is old on one host."""
     config = parse(["command=run"])
     save(tmp_path, 2, 4, state={"run": {}})
-    said: list[str] = []
+    said: dict[int, str] = {}
     workers = Workers.solo()
-    monkeypatch.setattr(workers, "broadcast_text", lambda text: said.append(text) or said[0])  # worker 0 is first
+    monkeypatch.setattr(workers, "broadcast_text", lambda text: said.setdefault(0, text))  # worker 0 is asked first
     assert open_resumed(tmp_path / "iter_4", {}, config, workers).step == 4
     workers.rank = 1
     assert open_resumed(tmp_path / "iter_4", {}, config, workers).step == 4
