@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # started as a file: make the repository importable from wherever we were started
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from apps.training.checkpointing.resume import goes_on_in_place, resumed_settings, run_folders
+from apps.training.checkpointing.resume import goes_on_in_place, resumed_settings, run_folders, save_folder
 from apps.training.cli import INTERRUPTED, run_main
 from apps.training.config import parse, to_yaml
 from apps.training.config_schema import TrainConfig
@@ -79,7 +79,7 @@ def train(config: TrainConfig, checkpoint: Path | None) -> int:
     """Open the run's workers, of which this process is one; a failure of any ends the whole job."""
     output, settings = Path(config.training.output_dir), config.training
     overwrite = settings.overwrite_output_dir or goes_on_in_place(config, checkpoint)
-    require_free(output, overwrite=overwrite, unfinished=settings.resume == "auto")
+    require_free(output, overwrite=overwrite, unfinished=settings.resume == "auto", checkpoints=save_folder(config))
 
     from apps.training.lock import locked
     from apps.training.step_plan import plan_step

@@ -1,5 +1,6 @@
 """However a run ends, what it has done is kept; and what would end it badly is told before it starts."""
 
+import resource
 import shutil
 import signal
 import subprocess
@@ -54,6 +55,26 @@ def test_an_error_lets_the_checkpoint_on_its_way_arrive(
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["iter_2"]
 
 
+def test_a_disk_that_is_full_for_a_while_costs_no_row(
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    rows, step = iter([room[0], 300, 300, room[0]]), EagerProgram.train_step
+
+    def filling(*given: object) -> object:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (next(rows), room[1]))
+        return step(*given)
+
+    monkeypatch.setattr(EagerProgram, "train_step", filling)
+    try:
+        assert run(settings) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "per_step_metrics.csv': File too large. The run goes on" in warning
+    assert [row["Step"] for row in metrics(tmp_path / "out")] == ["1", "2", "3", "4"]
+
+
 def test_a_run_stopped_in_its_last_evaluation_makes_it_up(
     settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,3 +125,12 @@ def test_a_tokenizer_that_cannot_be_loaded_is_told_before_the_first_step(
     (error,) = capsys.readouterr().err.splitlines()
     assert ("has no tokenizer" if harm == "empty" else "The tokenizer cannot be loaded") in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_is_offered_to_go_on_before_it_is_replaced(
+    settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "checkpoints" / "iter_20").mkdir(parents=True)
+    (tmp_path / "out" / "per_step_metrics.csv").touch()
+    assert run(settings) == 2
+    assert f"by training.resume=auto: {tmp_path}/out/checkpoints holds its checkpoints" in capsys.readouterr().err

@@ -6,9 +6,12 @@ config.yaml  per_step_metrics.csv  summary.txt  loss.png  report.html  + the Hug
 from __future__ import annotations
 
 import csv
+import io
 import os
 import shutil
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -35,21 +38,26 @@ COLUMNS = (
 )
 
 
-def require_free(folder: Path, *, overwrite: bool, unfinished: bool = False) -> None:
+def require_free(folder: Path, *, overwrite: bool, unfinished: bool = False, checkpoints: Path | None = None) -> None:
     """UserError when `folder` holds another run or a checkpoint (unless `overwrite`), or cannot be written.
 
-    `unfinished`: a run that was killed before it left weights there may be replaced. Leaves nothing behind, also no
-    folder that was not there.
+    `unfinished`: a run that was killed before it left weights there may be replaced. `checkpoints`: where that run's
+    checkpoints would lie. Leaves nothing behind, also no folder that was not there.
     """
     if os.path.exists(folder) and not folder.is_dir():
         raise UserError(f"training.output_dir={folder} is a file. Expected a folder, or a name that is free.")
     names = CHECKPOINT_FILES if unfinished else (*RUN_FILES, *CHECKPOINT_FILES)
     taken = sorted({path.name for name in names for path in folder.glob(name)})
     if taken and not overwrite:
-        raise UserError(
-            f"training.output_dir={folder} holds another run ({', '.join(taken[:3])}{' …' if len(taken) > 3 else ''}). "
-            "Choose another folder, or replace it with training.overwrite_output_dir=true."
-        )
+        saved = checkpoints is not None and not unfinished and any(checkpoints.glob("iter_*"))
+        ways = "Choose another folder, or replace it with training.overwrite_output_dir=true."
+        if saved:
+            ways = (
+                f"Go on with it by training.resume=auto: {checkpoints} holds its checkpoints. Or choose another "
+                "folder, or replace the run and its checkpoints with training.overwrite_output_dir=true."
+            )
+        found = f"{', '.join(taken[:3])}{' …' if len(taken) > 3 else ''}"
+        raise UserError(f"training.output_dir={folder} holds another run ({found}). {ways}")
     require_writable(folder, "training.output_dir")
 
 
@@ -79,23 +87,35 @@ class MetricsFile:
     """per_step_metrics.csv, one row a step in plain numbers, handed to the system at once: a crash loses none.
 
     `resumed`: the steps before those to come. The file then holds exactly their rows, whatever a run that was killed
-    had written behind them.
+    had written behind them. A full disk ends no run: rows without room wait for the next ones, see `complaint`.
     """
 
     def __init__(self, path: Path, resumed: Sequence[StepRecord] = ()) -> None:
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows(_row(record) for record in resumed)
-        self.file = path.open("a", newline="", encoding="utf-8")
-        self.writer = csv.writer(self.file, lineterminator="\n")
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(b"".join(_line(row) for row in (COLUMNS, *map(_row, resumed))))
+        self.path = path
+        self.file = path.open("ab", buffering=0)
+        self.waiting: deque[bytes] = deque()
+        self._has_failed = False
+        self._complaint: str | None = None
 
     def append(self, record: StepRecord) -> None:
-        self.writer.writerow(_row(record))
-        self.file.flush()
+        self.waiting.append(_line(_row(record)))
+        self._write_waiting()
+
+    def complaint(self) -> str | None:
+        """What has gone wrong since one last asked: the first row without room, and what is missing after `close`."""
+        complaint, self._complaint = self._complaint, None
+        return complaint
 
     def close(self) -> None:
-        self.file.close()
+        self._write_waiting()
+        if self.waiting:
+            self._complaint = f"warning: '{self.path}' lacks its last {len(self.waiting)} rows: there is no room."
+        try:
+            self.file.close()
+        except OSError as error:  # a file system that tells late
+            self._complaint = f"warning: '{self.path}' may lack rows: {error.strerror}."
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -104,6 +124,30 @@ class MetricsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _write_waiting(self) -> None:
+        """Rows in their order, as many as there is room for; never a part of one."""
+        end = self.file.tell()
+        try:
+            while self.waiting:
+                rest = self.waiting[0]
+                while rest:
+                    rest = rest[self.file.write(rest) :]
+                end += len(self.waiting.popleft())
+        except OSError as error:
+            if not self._has_failed:
+                reason = f"Cannot write '{self.path}': {error.strerror}"
+                self._complaint = f"warning: {reason}. The run goes on; rows are added when there is room again."
+            self._has_failed = True
+            with suppress(OSError):
+                self.file.truncate(end)
+                self.file.seek(end)
+
+
+def _line(row: Sequence[object]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(row)
+    return text.getvalue().encode()
 
 
 def _row(record: StepRecord) -> tuple[object, ...]:

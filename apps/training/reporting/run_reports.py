@@ -44,7 +44,7 @@ class RunReports:
             self.channels = [Channel(name, partial(loggers.load(name), run)) for name in names]
 
     def append(self, record: StepRecord, progress: Progress) -> None:
-        """The numbers of a step, which `outcome` has too; what a logger has to complain about goes to stderr."""
+        """The numbers of a step, which `outcome` has too; what file and loggers complain about goes to stderr."""
         self.metrics.append(record)
         self.tokens += record.num_tokens
         self._tell_evaluations()
@@ -90,7 +90,8 @@ class RunReports:
             channel.send(report)
 
     def _complaints(self) -> list[str]:
-        return [complaint for channel in self.channels if (complaint := channel.complaint()) is not None]
+        told = (self.metrics.complaint(), *(channel.complaint() for channel in self.channels))
+        return [complaint for complaint in told if complaint is not None]
 
 
 def step_values(record: StepRecord, tokens: int, rows_per_step: int) -> dict[str, float]:

@@ -1,6 +1,9 @@
 """Who may write where, and the CSV of the steps."""
 
 import csv
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -98,3 +101,65 @@ def test_a_run_killed_before_it_left_weights_may_start_again(tmp_path: Path) -> 
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="holds another run"):
         require_free(tmp_path, overwrite=False, unfinished=True)
+
+
+def test_a_run_with_checkpoints_is_first_of_all_one_to_go_on_with(tmp_path: Path) -> None:
+    """To replace it would remove its checkpoints."""
+    (tmp_path / "per_step_metrics.csv").touch()
+    checkpoints = tmp_path / "checkpoints"
+    with pytest.raises(UserError, match=r"\. Choose another folder, or replace it"):
+        require_free(tmp_path, overwrite=False, checkpoints=checkpoints)
+    (checkpoints / "iter_20").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match=r"\. Go on with it by training\.resume=auto: .* the run and its checkpoints with"
+    ):
+        require_free(tmp_path, overwrite=False, checkpoints=checkpoints)
+
+
+def make_records(count: int) -> list[StepRecord]:
+    return [
+        StepRecord(step=step, epoch=1, loss=1 / step, lr=0.1, num_tokens=10, num_counted=9, seconds=1 / 3, grad_norm=1)
+        for step in range(1, count + 1)
+    ]
+
+
+@contextmanager
+def room_for(nbytes: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes, as on a disk that is full: what fits of a write is written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_rows_without_room_wait_and_come_without_gap_or_half_a_row(tmp_path: Path) -> None:
+    records, path = make_records(6), tmp_path / "metrics.csv"
+    with MetricsFile(tmp_path / "whole.csv") as metrics:
+        for record in records:
+            metrics.append(record)
+    with MetricsFile(path, records[:1]) as metrics:
+        metrics.append(records[1])
+        assert metrics.complaint() is None
+        before = path.read_bytes()
+        with room_for(len(before) + 5):
+            for record in records[2:5]:
+                metrics.append(record)
+                assert path.read_bytes() == before
+        assert "The run goes on" in str(metrics.complaint())
+        assert metrics.complaint() is None
+        metrics.append(records[5])
+    assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert metrics.complaint() is None
+
+
+def test_rows_that_found_no_room_till_the_end_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path)
+    with room_for(path.stat().st_size + 5):
+        for record in make_records(2):
+            metrics.append(record)
+        metrics.close()
+    assert "lacks its last 2 rows" in str(metrics.complaint())
+    assert rows_of(path) == []
