@@ -92,6 +92,7 @@ def open_dataset(
     train = RowFiles([inspect(path, length) for path in train_files], length, limit)
     dev_files = _find(folder, "dev", required=False)
     dev = RowFiles([inspect(path, length) for path in dev_files], length, limit) if dev_files else None
+    _require_counted(folder, metadata, train=train, dev=dev)
     if train.num_rows < batch_size:
         raise UserError(
             f"One step takes {batch_size} rows but the dataset '{folder}' has {train.num_rows}. "
@@ -131,6 +132,11 @@ def _find(folder: Path, split: str, required: bool = True) -> list[Path]:
 def _require_all(folder: Path, split: str, names: set[str]) -> None:
     """A file that was lost on the way (train_3_of_8 is not there) would be training on less than was prepared."""
     counts = {int(match[1]) for name in names if (match := re.fullmatch(rf"{split}_\d+_of_(\d+)", name))}
+    if len(counts) > 1:
+        several = " and ".join(f"{split}_*_of_{count}" for count in sorted(counts))
+        raise UserError(
+            f"'{folder}' holds the {split} files of several datasets: {several}. Copy each into a folder of its own."
+        )
     missing = [
         name for i in range(1, max(counts, default=0) + 1) if (name := f"{split}_{i}_of_{max(counts)}") not in names
     ]
@@ -139,6 +145,17 @@ def _require_all(folder: Path, split: str, names: set[str]) -> None:
             f"'{folder}' lacks {len(missing)} of its {max(counts)} {split} files: {', '.join(missing[:3])}"
             f"{' …' if len(missing) > 3 else ''}. Copy it again, or prepare it again with apps/prepare_data.py."
         )
+
+
+def _require_counted(folder: Path, metadata: Mapping[str, Any], **splits: RowFiles | None) -> None:
+    """Files of another dataset may have taken the place of its own. Only of our own datasets are the counts known."""
+    for split, files in splits.items():
+        expected = metadata.get(f"{split}_sequences") if "input_sha256" in metadata else None
+        if files is not None and expected is not None and files.num_rows != expected:
+            raise UserError(
+                f"'{folder}' has {files.num_rows} {split} rows, its {METADATA} says {expected}: files of several "
+                f"datasets lie there. Copy it again into an empty folder. {AGAIN}"
+            )
 
 
 def _read_metadata(folder: Path) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from apps.training.data.storage import open_dataset
+from apps.training.data.writing import write_metadata
 from backends.errors import UserError
 
 
@@ -112,6 +113,29 @@ def other_length(path):
 def fewer_types(path):
     with h5py.File(path, "w") as file:
         file["input_ids"], file["token_type_ids"] = np.zeros((3, 4), np.int32), np.zeros((2, 4), np.int32)
+
+
+def test_two_datasets_copied_into_one_folder_are_not_read_as_one(make_dataset):
+    """Names of other counts lie side by side; names of the same count replace each other, and the rows differ."""
+    old, new = make_dataset(files=2), make_dataset(files=4)
+    for path in new.glob("train*"):
+        path.rename(old / path.name)
+    with pytest.raises(
+        UserError, match=r"train files of several datasets: train_\*_of_2 and train_\*_of_4\. Copy each"
+    ):
+        open_dataset(old, max_seq_length=4)
+
+
+@pytest.mark.parametrize(("split", "found"), [("train", 20), ("dev", 5)])
+def test_rows_that_the_metadata_does_not_count_are_refused(make_dataset, split, found):
+    folder = make_dataset(train=20, dev=5)
+    counts = {"train_sequences": 20, "dev_sequences": 5}
+    known = {"max_seq_length": 4, "vocab_size": 2000, "input_sha256": "ab"}
+    write_metadata(folder, known | counts)
+    assert open_dataset(folder, max_seq_length=4).num_train_rows == 20
+    write_metadata(folder, known | counts | {f"{split}_sequences": 97})
+    with pytest.raises(UserError, match=rf"has {found} {split} rows, its metadata\.yaml says 97"):
+        open_dataset(folder, max_seq_length=4)
 
 
 @pytest.mark.parametrize(
