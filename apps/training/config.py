@@ -5,8 +5,10 @@ the key, what was given and what was expected.
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -138,7 +140,21 @@ def _add(extra: dict[str, Any], item: Assignment) -> None:
             raise UserError(f"Cannot add '{item.path}': '{folder}' has a value already. Expected a section there.")
     if isinstance(place.get(last), dict):
         raise UserError(f"Cannot add '{item.path}': '{last}' is a section already. Expected +{item.path}.KEY=VALUE.")
-    place[last] = item.value if item.origin else parse_yaml(item.value, f"+{item.path}={item.value}")
+    value = item.value if item.origin else parse_yaml(item.value, f"+{item.path}={item.value}")
+    try:
+        place[last] = json.loads(json.dumps(value, default=_as_text))
+    except (TypeError, ValueError):
+        raise UserError(
+            f"'{item.path}'{item.origin} holds what JSON, and so a checkpoint, cannot: {value!r}. Expected numbers, "
+            "texts, lists or sections with names; quote what is to be a text."
+        ) from None
+
+
+def _as_text(value: Any) -> str:
+    """A date that YAML has read (a datetime is one), which is a label here. TypeError for anything else."""
+    if not isinstance(value, date):
+        raise TypeError
+    return value.isoformat()
 
 
 def _build(schema: type[T], values: Mapping[str, Any], extra: dict[str, Any], prefix: str = "") -> T:

@@ -71,6 +71,14 @@ def test_plus_adds_a_key_the_schema_lacks() -> None:
     assert config.extra == {"new": {"key": 1e-4, "other": ["a", "b"]}, "model": {"own": "text"}}
 
 
+def test_what_plus_adds_is_as_a_checkpoint_gives_it_back() -> None:
+    """YAML reads dates and names that are numbers, JSON has neither: a run could save no checkpoint."""
+    config = parse(["command=run", "+run.started=2026-11-30", "+run.at=[2026-11-30 10:00:00]", "+run.of={1: a}"])
+    assert config.extra == {"run": {"started": "2026-11-30", "at": ["2026-11-30T10:00:00"], "of": {"1": "a"}}}
+    assert from_file("command: run\nextra: {run: {started: 2026-11-30}}\n").extra == {"run": {"started": "2026-11-30"}}
+    assert parse(["command=run"], base=to_mapping(config)).extra == config.extra
+
+
 def test_plus_before_a_known_key_sets_that_key() -> None:
     assert parse(["command=run", "+compile.debug=True"]).compile.debug is True
 

@@ -123,6 +123,11 @@ def test_an_empty_value_is_a_mistake() -> None:
             parse([given])
 
 
+@pytest.mark.parametrize("value", ["!!binary aGk=", "!!set {a}", "{2026-11-30: 1}", "&a [*a]"])
+def test_an_added_value_that_json_lacks_is_a_mistake(value: str) -> None:
+    assert "'new.key' holds what JSON, and so a checkpoint, cannot: " in message(f"+new.key={value}")
+
+
 def test_a_key_given_twice_is_a_mistake() -> None:
     assert "'training.seed' is given twice: 1 and 2." in message("training.seed=1", "training.seed=2")
     assert "'optimizer.name' is given twice" in message("optimizer=adamw", "optimizer.name=adamw")
