@@ -103,11 +103,17 @@ def trace(function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor])
 
 
 def _options(device_type: str) -> dict[str, Any]:
+    from torch._inductor import config
+
     if device_type == "cuda":
         # Off: it assembles other variants of some reductions when a bundle is loaded; a run must not need an assembler.
         return {"dynamic_scale_rblock": False}
     # The thread count is a matter of the run, not of the artifact: two workers with one thread each use the same file.
-    return {"cpp.dynamic_threads": True}
+    options: dict[str, Any] = {"cpp.dynamic_threads": True}
+    if hasattr(config.aot_inductor, "enable_line_tables"):  # newer than PyTorch 2.11
+        # On: three quarters of an artifact are for debuggers, and g++ takes longer.
+        options["aot_inductor.enable_line_tables"] = False
+    return options
 
 
 @contextlib.contextmanager
