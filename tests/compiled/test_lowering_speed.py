@@ -34,7 +34,8 @@ def test_the_same_code_is_written(tmp_path: Path) -> None:
         (tmp_path / "plain").mkdir()
         plain = sources(tmp_path / "plain")
     (tmp_path / "quick").mkdir()
-    assert plain and sources(tmp_path / "quick") == plain
+    assert plain
+    assert sources(tmp_path / "quick") == plain
 
 
 def test_rules_are_filled_in_once() -> None:
