@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from backends.errors import UserError
 from modelzoo.checkpoint_writing import save_model
@@ -32,3 +32,30 @@ def test_an_expanded_model_opens_in_plain_transformers(tmp_path: Path, method: s
 def test_a_plain_model_has_nothing_to_expand() -> None:
     with pytest.raises(UserError, match="plain one already"):
         expand_model(pair()[1])
+
+
+QWEN2 = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+QWEN2 |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+
+
+def test_a_bias_that_the_config_cannot_tell_of_is_refused() -> None:
+    """Qwen2 has biases in q, k and v and no setting: transformers would drop o_proj's, and the logits move."""
+    model = Qwen2ForCausalLM(Qwen2Config(**QWEN2)).eval()
+    compress_model(model, batches(), keep=0.5)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.o_proj' got a bias .* Qwen2Config has no setting"):
+        expand_model(model)
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_biases_that_a_model_has_anyway_are_expanded(tmp_path: Path) -> None:
+    model = Qwen2ForCausalLM(Qwen2Config(**QWEN2)).eval()
+    compress_model(model, batches(), keep=0.5, match=["q_proj", "k_proj", "v_proj"])
+    compress_model(model, batches(), keep=0.5, match=["o_proj", "up_proj"], method="svd_llm")
+    with torch.no_grad():
+        expected = model(**batches(1)[0]).logits
+    assert len(expand_model(model)) == 10
+    model.save_pretrained(tmp_path)
+    theirs = Qwen2ForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**batches(1)[0]).logits, expected, rtol=1e-3, atol=1e-3)
