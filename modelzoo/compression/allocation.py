@@ -52,11 +52,13 @@ def given_ranks(shapes: Mapping[str, LayerShape], ranks: Mapping[str, int]) -> R
 
 
 def uniform_ranks(shapes: Mapping[str, LayerShape], keep: float) -> Ranks:
-    """The share `keep` of every layer's numbers."""
+    """The share `keep` of every layer's numbers; a layer with no rank worth having (of 1 output) stays dense."""
     require_keep(keep)
     if keep == 1:
         return dict.fromkeys(shapes)
-    return {name: rank_for(keep, shape.in_features, shape.out_features) for name, shape in shapes.items()}
+    return given_ranks(
+        shapes, {name: rank_for(keep, shape.in_features, shape.out_features) for name, shape in shapes.items()}
+    )
 
 
 def spectrum_ranks(
@@ -73,15 +75,15 @@ def spectrum_ranks(
     if keep == 1:
         return dict.fromkeys(shapes)
     budget = int(keep * sum(shape.dense for shape in shapes.values()))
-    ranks: Ranks = dict.fromkeys(shapes, 1)
-    budget -= sum(shape.per_rank for shape in shapes.values())
+    ranks = given_ranks(shapes, dict.fromkeys(shapes, 1))
+    budget -= sum(shape.dense if ranks[name] is None else shape.per_rank for name, shape in shapes.items())
 
     def gain(name: str, rank: int) -> float:
         """Of going on from `rank`, per number."""
         step = rank_after(rank) - rank
         return costs[name] * float(spectra[name][rank : rank + step].sum()) / shapes[name].per_rank / step
 
-    queue = [(-gain(name, 1), name) for name in shapes]
+    queue = [(-gain(name, 1), name) for name, rank in ranks.items() if rank is not None]
     heapq.heapify(queue)
     while queue:
         negative, name = heapq.heappop(queue)

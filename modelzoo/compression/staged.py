@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backends.errors import UserError
 from modelzoo.compression.moments import Moments, TargetMoments
-from modelzoo.compression.streaming import BlockInputs
+from modelzoo.compression.streaming import BlockInputs, version_of
 
 Sum = Callable[[Tensor], Tensor]
 
@@ -92,12 +92,13 @@ def stages_of(inputs: BlockInputs, path: str, block: nn.Module, layers: Mapping[
     """
     given: list[tuple[str, Tensor]] = [("", inputs.hidden_states[0])]
     outputs: dict[str, tuple[Tensor, int]] = {}  # and how many of `given` were there before
-    stages: list[tuple[Tensor, Stage]] = []
+    stages: list[tuple[Tensor, int, Stage]] = []  # and the version of the tensor
 
     def reach(name: str, x: Tensor) -> None:
-        stage = next((stage for tensor, stage in stages if tensor is x), None)
+        now = version_of(x)
+        stage = next((stage for tensor, version, stage in stages if tensor is x and version == now), None)
         if stage is None:
-            stages.append((x, Stage([name], {})))
+            stages.append((x, now, Stage([name], {})))
         else:
             stage.names.append(name)
 
@@ -123,13 +124,13 @@ def stages_of(inputs: BlockInputs, path: str, block: nn.Module, layers: Mapping[
         if name not in outputs:
             raise UserError(f"Layer '{name}' was given nothing by the calibration data. Leave it out.")
     sums = [*(tensor for _, tensor in given), end]
-    for _, stage in stages:
+    for *_, stage in stages:
         for name in stage.names:
             output, earlier = outputs[name]
             tap = _tap(output, given[:earlier], sums)
             if tap is not None:
                 stage.taps[name] = tap
-    return [stage for _, stage in stages]
+    return [stage for *_, stage in stages]
 
 
 def _tap(output: Tensor, given: Sequence[tuple[str, Tensor]], sums: Sequence[Tensor]) -> str | None:

@@ -95,13 +95,13 @@ def moments_of(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Moments]]:
     """
     found: dict[str, Moments] = {}
     leaders: dict[str, str] = {}
-    seen: list[tuple[Tensor, str]] = []  # held, so that no other input of this batch can lie at the same place
+    seen: list[tuple[Tensor, int, str]] = []  # held, so that no other input of this batch can lie at the same place
 
     def hook(name: str, layer: nn.Linear, x: Tensor) -> None:
         if name not in leaders:
-            alike = next((other for tensor, other in seen if tensor is x), name)
+            alike = next((other for tensor, version, other in seen if tensor is x and version == version_of(x)), name)
             leaders[name] = alike
-            seen.append((x, name))
+            seen.append((x, version_of(x), name))
             found[name] = found[alike] if alike != name else Moments.empty(layer.in_features, x.device)
         else:
             seen.clear()
@@ -125,6 +125,11 @@ def moments_of(layers: Mapping[str, nn.Linear]) -> Iterator[dict[str, Moments]]:
                 f"The inputs of layer '{name}' are not finite on the calibration data. Compress a model that computes "
                 "them, perhaps in float32."
             )
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often the tensor was changed in place; inference tensors do not say."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def linears_of(block: nn.Module, path: str, chosen: Sequence[str]) -> dict[str, nn.Linear]:

@@ -97,6 +97,15 @@ def test_a_layer_that_needs_all_its_ranks_stays_dense_if_the_budget_pays_for_it(
     assert uniform_ranks(shapes, 1.0) == {"flat": None, "steep": None}
 
 
+def test_a_layer_of_one_output_stays_dense():
+    """Rank 1 takes 17 numbers where the matrix has 16; what the matrix takes is no longer there for the others."""
+    shapes = {"gate": LayerShape(16, 1), "wide": LayerShape(16, 16)}
+    spectra = {"gate": torch.ones(1, dtype=torch.float64), "wide": torch.linspace(2, 1, 16).double()}
+    assert uniform_ranks(shapes, 0.5) == {"gate": None, "wide": 4}
+    assert spectrum_ranks(shapes, spectra, relative(spectra), 0.5) == {"gate": None, "wide": 3}  # (136 − 16) / 32
+    assert spectrum_ranks(shapes, spectra, relative(spectra), 0.01) == {"gate": None, "wide": 1}
+
+
 @pytest.mark.parametrize("keep", [0.0, -1.0, 1.01, float("nan")])
 def test_only_a_share_is_a_share(keep):
     with pytest.raises(UserError, match="Expected the share"):

@@ -1,5 +1,6 @@
 """Whole models: a report against running the model, ours against transformers', several workers against one."""
 
+import copy
 import threading
 
 import pytest
@@ -191,3 +192,30 @@ def test_what_is_compressed_already_is_not_compressed_again():
     compress_model(model, batches(), keep=0.5)
     with pytest.raises(UserError, match="stores weight_in, weight_out, bias already"):
         compress_model(model, batches(), keep=0.5)
+
+
+class InPlace(torch.nn.Module):
+    """Two layers are given one tensor, which is changed in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = x.clone()
+        y = self.first(inner)
+        return x + y + self.second(inner.relu_())
+
+
+@pytest.mark.parametrize("targets", ["own", "dense"])
+def test_an_input_that_was_changed_in_place_is_another_one(targets):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential()
+    model.blocks = torch.nn.ModuleList([InPlace().double()])
+    model.forward = lambda x: model.blocks[0](x)
+    x = torch.randn(200, 16, dtype=torch.float64)
+    dense = copy.deepcopy(model.blocks[0].second)
+    _, report = compress_model(model, [{"x": x}], ranks={"first": 4, "second": 4}, targets=targets)
+    with torch.no_grad():
+        error = dense(x.relu()) - model.blocks[0].second(x.relu())
+    assert report.measured == pytest.approx(float(error.square().sum(1).mean()), rel=1e-6)
