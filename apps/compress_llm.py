@@ -70,7 +70,8 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
     model = load(settings, device)
     batches = calibration_batches(dataset, settings, workers, device)
     tokens = len(batches) * settings.batch_size * settings.max_seq_length * workers.world_size
-    print(f"Calibration: {tokens:,} tokens of {dataset.folder}", flush=True)
+    all_of_it = ", all that its full batches hold" if tokens < settings.compress.tokens else ""
+    print(f"Calibration: {tokens:,} tokens of {dataset.folder}{all_of_it}", flush=True)
     if settings.evaluate and workers.is_first:
         before = perplexity(model, dataset, settings, device, "Perplexity before")
     chosen = settings.compress

@@ -39,7 +39,10 @@ def find_data(settings: CompressSettings, vocab_size: int, workers: Workers) -> 
 def calibration_batches(
     dataset: Dataset, settings: CompressSettings, workers: Workers, device: torch.device
 ) -> list[dict[str, Any]]:
-    """This worker's share of the first batches that hold `compress.tokens`, as the model is called with them."""
+    """This worker's share of the first batches that hold `compress.tokens`, as the model is called with them.
+
+    Each row is taken once: a dataset with fewer tokens gives those it has.
+    """
     loader = TrainLoader(
         dataset,
         batch_size=settings.batch_size,
@@ -48,7 +51,8 @@ def calibration_batches(
         world_size=workers.world_size,
     )
     per_batch = settings.batch_size * settings.max_seq_length * workers.world_size
-    rows = islice(iter(loader), max(1, math.ceil(settings.compress.tokens / per_batch)))
+    wanted = max(1, math.ceil(settings.compress.tokens / per_batch))
+    rows = islice(iter(loader), min(wanted, loader.batches_per_epoch))
     batches = (make_batch(each, article_attention=False).input_ids for each in rows)
     return [{"input_ids": ids.to(device), "use_cache": False} for ids in batches]
 

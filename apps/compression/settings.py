@@ -35,7 +35,7 @@ class CompressionSettings:
     lr: float = setting(8.6e-5, "of mimic_gd: AdamW's learning rate", above=0)
     max_grad_norm: float = setting(2.0, "of mimic_gd: a layer's gradients are clipped to this norm", above=0)
     calibration: str | None = setting(None, "dataset folder; null: the embedded corpus, prepared when missing")
-    tokens: int = setting(65536, "train tokens of it to take moments over", at_least=1)
+    tokens: int = setting(65536, "train tokens of it to take moments over, at most all", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,8 @@ Learned = Callable[[Mapping[str, nn.Linear], Mapping[str, int]], dict[str, Facto
 class LayerReport:
     """One layer: its rank (None: dense), E|y − ŷ|² as promised and as measured, and E|y − E[y]|², what y varies.
 
-    y is what the layer is to give: with `targets="own"` what its dense weights give of the inputs it has.
+    y is what the layer is to give: with `targets="own"` what its dense weights give of the inputs it has. ŷ is that of
+    the factors in float64, before they are rounded to the weight's dtype.
     """
 
     name: str

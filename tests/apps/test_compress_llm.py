@@ -131,12 +131,23 @@ def test_what_is_compressed_goes_on_like_any_other_checkpoint(
 def test_ranks_by_name_and_a_layer_above_break_even(
     arguments: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks = {"compress.keep": None, "compress.ranks": "{q_proj: 4, gate_proj: 30}", "evaluate": "false"}
+    ranks = {"compress.keep": None, "compress.ranks": "{'*.self_attn.q_*': 4, gate_proj: 30}", "evaluate": "false"}
     code, out, err = run(capsys, monkeypatch, arguments | ranks | {"compress.method": "svd"})
     assert code == 0, err
     assert "Layers: 2 compressed, 2 left dense" in out
     assert "hold no fewer numbers: model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj" in out
     assert "Perplexity" not in out
+
+
+def test_a_row_is_taken_once_however_many_tokens_are_asked_for(
+    arguments: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {"compress.tokens": 20_000, "compress.keep": None, "compress.ranks": "{q_proj: 4}", "evaluate": "false"}
+    code, out, err = run(capsys, monkeypatch, arguments | many)
+    assert code == 0, err
+    told = re.search(r"^Calibration: ([\d,]+) tokens of .*/dataset, all that its full batches hold$", out, re.MULTILINE)
+    assert told is not None
+    assert 50 * 32 < int(told[1].replace(",", "")) < 200 * 32  # some 100 rows
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when its compiler is first used
