@@ -6,7 +6,6 @@ before any of its code runs.
 """
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -70,22 +69,26 @@ class Artifact:
         from compiled import lowering
 
         regions = {}
-        with _loading(self.path), zipfile.ZipFile(self.path) as archive:
+        with _loading(self.path):
             if self.spec.get("target"):
                 from compiled.mlir.loading import load_regions
 
-                read = functools.partial(_verified, archive, path=self.path)
-                return load_regions(self.path, self.spec["target"], self.region_specs(), read)
+                return load_regions(self.path, self.spec["target"], self.region_specs(), self._read)
             host = {name: digest for name, digest in self.manifest["members"].items() if name.startswith("host/")}
-            modules = {name: _verified(archive, name, digest, self.path) for name, digest in host.items()}
+            modules = {name: self._read(name, digest) for name, digest in host.items()}
             lowering.install_host_modules({name.removeprefix("host/"): modules[name] for name in modules})
             with tempfile.TemporaryDirectory(prefix="substrate-load-") as folder:
                 for name, spec in self.region_specs().items():
                     file = Path(folder) / Path(spec.file).name
-                    file.write_bytes(_verified(archive, spec.file, spec.sha256, self.path))
+                    file.write_bytes(self._read(spec.file, spec.sha256))
                     # the code stays mapped after its file is gone, so that nothing is left behind, not even by a kill
                     regions[name] = Region(spec, lowering.load(file, self.device_type))
         return regions
+
+    def _read(self, name: str, digest: str) -> bytes:
+        """A member as it was when the artifact was opened; `UserError` when the file was replaced since."""
+        with _reading(self.path) as archive:
+            return _verified(archive, name, digest, self.path)
 
 
 def pack(manifest: dict[str, Any], members: Iterable[tuple[str, bytes]]) -> bytes:

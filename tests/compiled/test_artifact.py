@@ -260,6 +260,16 @@ def test_code_that_the_system_will_not_map_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("replaced_by", [pack({}, [("regions/b", b"code")]), b"no zip"])
+def test_a_file_replaced_since_it_was_opened_is_one_line(tmp_path: Path, replaced_by: bytes) -> None:
+    """As when it is compiled again while a run starts."""
+    artifact = with_one_region(tmp_path)
+    artifact.path.write_bytes(replaced_by)
+    with pytest.raises(UserError, match=r"x\.substrate' is not a complete artifact|x\.substrate is altered") as caught:
+        artifact.load_regions()
+    assert "\n" not in str(caught.value)
+
+
 def test_a_full_temporary_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = with_one_region(tmp_path)
 
