@@ -6,19 +6,31 @@ free are only those that say where things go, how fast they go, and how far (`is
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apps.training.checkpointing.manifest import STATE, checkpoint_folders, complete_checkpoint, flaw, newest_complete
+from apps.training.checkpointing.manifest import (
+    MANIFEST,
+    STATE,
+    checkpoint_folders,
+    complete_checkpoint,
+    flaw,
+    newest_complete,
+)
 from apps.training.config import given_paths, parse, to_mapping
 from apps.training.config_rules import without_origins
 from apps.training.config_schema import TrainConfig
 from apps.training.tables import text_table
 from backends.errors import UserError
+
+if TYPE_CHECKING:
+    from apps.training.workers.group import Workers
 
 MODEL_NAMES = ("checkpoint.config_name", "checkpoint.model_name_or_path")
 FREE_SECTIONS = ("checkpoint", "run", "logging")
@@ -100,6 +112,35 @@ def require_same_run(
             fix += ", or go on with others by checkpoint.overwrite_config=true"
         raise UserError(
             f"The checkpoint {path} is of another run. {fix}:\n{text_table(('field', 'checkpoint', 'this run'), table)}"
+        )
+
+
+def require_same_choice(path: Path | None, workers: Workers) -> None:
+    """UserError when this worker found another checkpoint than worker 0. Every worker calls it.
+
+    Each looked for itself, and the file system of its host may have shown it less than the others'.
+    """
+    digest = "" if path is None else hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:12]
+    mine = "no checkpoint" if path is None else f"{path} ({MANIFEST}: {digest})"
+    first_digest, _, first = workers.broadcast_text(f"{digest} {mine}").partition(" ")
+    if digest != first_digest:
+        raise UserError(
+            f"Worker {workers.rank} found {mine} to go on from, worker 0 found {first}. "
+            "Expected the same on every host; start again when the file system shows all of them the same files."
+        )
+
+
+def tell_other_rows(state: Mapping[str, Any], run_now: Mapping[str, Any], step: int) -> None:
+    """With checkpoint.overwrite_config=true steps may have other rows: where they go on is counted in steps."""
+    before, now = state["run"].get("global_batch_size"), run_now.get("global_batch_size")
+    if before != now:
+        rows = step * abs(now - before)
+        what = f"{rows:,} rows are left out" if now > before else f"the last {rows:,} rows come again"
+        print(
+            f"warning: {step} steps of {before} rows were taken, the next have {now} rows and go on behind as many of "
+            f"their own size: {what}.",
+            file=sys.stderr,
+            flush=True,
         )
 
 

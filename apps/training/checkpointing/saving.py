@@ -13,10 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from apps.training.checkpointing.manifest import MANIFEST
 from apps.training.checkpointing.publishing import BEING_WRITTEN, clean, remove_later, require_no_later
 from apps.training.checkpointing.reading import Checkpoint, open_checkpoint
-from apps.training.checkpointing.resume import goes_on_in_place, require_same_run, save_folder
+from apps.training.checkpointing.resume import (
+    goes_on_in_place,
+    require_same_choice,
+    require_same_run,
+    save_folder,
+    tell_other_rows,
+)
 from apps.training.checkpointing.shares import fingerprint, frozen_of, weights_of
 from apps.training.checkpointing.static_files import static_files
 from apps.training.checkpointing.writer import CheckpointWriter
@@ -101,25 +106,13 @@ def open_resumed(path: Path | None, identity: Mapping[str, Any], config: TrainCo
 
     UserError when it is of another run, or when another worker found another one. Every worker calls it.
     """
-    _require_same_choice(path, workers)
+    require_same_choice(path, workers)
     if path is None:
         return Resumed()
     checkpoint = open_checkpoint(path, is_checked=True)
     require_same_run(checkpoint.state, identity, path=path, overwrite_config=config.checkpoint.overwrite_config)
+    tell_other_rows(checkpoint.state, identity, checkpoint.step)
     return Resumed(checkpoint.step, checkpoint.records, checkpoint.evaluations, checkpoint)
-
-
-def _require_same_choice(path: Path | None, workers: Workers) -> None:
-    """Each worker looked for itself, and the file system of its host may have shown it less than the others'."""
-    digest = "" if path is None else hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:12]
-    mine = "no checkpoint" if path is None else f"{path} ({MANIFEST}: {digest})"
-    theirs = workers.broadcast_text(f"{digest} {mine}")
-    first_digest, _, first = theirs.partition(" ")
-    if digest != first_digest:
-        raise UserError(
-            f"Worker {workers.rank} found {mine} to go on from, worker 0 found {first}. "
-            "Expected the same on every host; start again when the file system shows all of them the same files."
-        )
 
 
 class Saver:

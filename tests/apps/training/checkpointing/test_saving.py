@@ -1,5 +1,6 @@
 """After which steps a run saves, where its leg ends, and that the watch hears of a slow disk."""
 
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,3 +176,16 @@ def test_workers_that_found_different_checkpoints_do_not_start(tmp_path: Path, m
         open_resumed(tmp_path / "iter_2", {}, config, workers)
     with pytest.raises(UserError, match=r"Worker 1 found no checkpoint to go on from, worker 0 found .*iter_4"):
         open_resumed(None, {}, config, workers)
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [(8, ""), (16, "the next have 16 rows .*: 32 rows are left out"), (6, "the last 8 rows come again")],
+)
+def test_other_rows_in_a_step_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], now: int, told: str) -> None:
+    save(tmp_path, 4, state={"run": {"global_batch_size": 8}})
+    config = parse(["command=run", "checkpoint.overwrite_config=true"])
+    open_resumed(tmp_path / "iter_4", {"global_batch_size": now}, config, Workers.solo())
+    error = capsys.readouterr().err
+    assert re.search(told, error)
+    assert bool(error) == bool(told)
