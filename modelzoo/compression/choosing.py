@@ -59,10 +59,10 @@ def ranks_by_layer(shapes: Mapping[str, LayerShape], ranks: Mapping[str, int]) -
     found: dict[str, int] = {}
     for name, shape in shapes.items():
         pattern = max((each for each in ranks if names_layer(each, name)), key=lambda each: _specificity(each, name))
-        limit = min(shape.in_features, shape.out_features)
-        if not 1 <= ranks[pattern] <= limit:
-            raise UserError(f"compress.ranks gives layer '{name}' rank {ranks[pattern]}. Expected 1 to {limit}.")
-        found[name] = ranks[pattern]
+        rank, limit = ranks[pattern], min(shape.in_features, shape.out_features)
+        if not isinstance(rank, int) or not 1 <= rank <= limit:
+            raise UserError(f"compress.ranks gives layer '{name}' rank {rank}. Expected 1 to {limit}, a whole number.")
+        found[name] = rank
     return found
 
 

@@ -181,6 +181,7 @@ def test_mistakes_are_named_and_leave_the_model_as_it_was():
     refused("Expected the share", keep=1.5)
     refused("Expected one of", keep=0.5, ranks={"q_proj": 3})
     refused("rank 33. Expected 1 to 32", ranks={"q_proj": 33})
+    refused("rank 4.0. Expected 1 to 32, a whole number", ranks={"q_proj": 4.0})
     refused("names no linear layer", ranks={"qq_proj": 3})
     refused("is in none of the model's blocks", keep=0.5, match="lm_head")
     refused("at least one batch", keep=0.5, data=[])
