@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from backends import load
 from backends.errors import UserError, unknown
-from backends.layers import BackendLinear
+from backends.layers import BackendLinear, unfuse
 from modelzoo.compression.allocation import (
     LayerShape,
     Ranks,
@@ -88,6 +88,7 @@ def compress_model(
     _require_targets(targets, method if learned is None else "learned", inputs)
     blocks, layers = chosen_layers(model, tuple(ranks) if ranks is not None else match)
     shapes = {name: LayerShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    unfuse(model)
     was_training = model.training
     model.eval()
     try:

@@ -220,3 +220,19 @@ def test_an_input_that_was_changed_in_place_is_another_one(targets):
     with torch.no_grad():
         error = dense(x.relu()) - model.blocks[0].second(x.relu())
     assert report.measured == pytest.approx(float(error.square().sum(1).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "spectrum"])
+@pytest.mark.parametrize("padding", [None, torch.arange(5) >= torch.tensor([[5], [3]])], ids=["whole", "padded"])
+def test_torchs_own_encoder_is_compressed_and_runs(allocation, padding):
+    """Its fused evaluation path would read the weights that are gone."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 32, dropout=0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 5, 8)
+    batch = {"src": x, "src_key_padding_mask": padding}
+    reports = compress_model(model, [batch], keep=0.6, allocation=allocation)
+    assert [report.name for report in reports] == [f"layers.{block}.linear{one}" for block in (0, 1) for one in (1, 2)]
+    with torch.no_grad():
+        evaluated = model(**batch)
+        torch.testing.assert_close(evaluated, model.train()(**batch))
