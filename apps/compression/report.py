@@ -42,7 +42,8 @@ def summary(reports: Sequence[LayerReport]) -> list[str]:
     ]
     if dense:
         lines.append(
-            f"Left dense, for two factors of the rank asked for hold no fewer numbers: {', '.join(dense[:3])}"
+            "Left dense, given a rank or a share of numbers at which two factors hold no fewer numbers: "
+            + ", ".join(dense[:3])
             + (f" and {len(dense) - 3} more" if len(dense) > 3 else "")
         )
     return lines

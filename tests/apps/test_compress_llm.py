@@ -135,7 +135,8 @@ def test_ranks_by_name_and_a_layer_above_break_even(
     code, out, err = run(capsys, monkeypatch, arguments | ranks | {"compress.method": "svd"})
     assert code == 0, err
     assert "Layers: 2 compressed, 2 left dense" in out
-    assert "hold no fewer numbers: model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj" in out
+    said = "Left dense, given a rank or a share of numbers at which two factors hold no fewer numbers: "
+    assert f"{said}model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj" in out
     assert "Perplexity" not in out
 
 
