@@ -187,18 +187,27 @@ def _is_part(name: str, setting: str) -> bool:
 
 
 def _with_global_batch(config: TrainConfig, given: Sequence[str], state: Mapping[str, Any]) -> TrainConfig:
-    """The stored number of rows in a step, for any number of workers: accumulation follows, if it is not given.
+    """The stored number of rows in a step, for any number of workers: accumulation follows, unless another is given.
 
     With checkpoint.overwrite_config=true what is given decides.
     """
     training = config.training
-    if "training.gradient_accumulation_steps" not in given:
+    if "training.gradient_accumulation_steps" not in given or _is_of_first_start(config, given, state):
         training = replace(training, gradient_accumulation_steps=1)
     elif config.checkpoint.overwrite_config and "training.global_batch_size" not in given:
         return replace(config, training=replace(training, global_batch_size=None))
     if "training.global_batch_size" not in given:
         training = replace(training, global_batch_size=state["run"]["global_batch_size"])
     return replace(config, training=training)
+
+
+def _is_of_first_start(config: TrainConfig, given: Sequence[str], state: Mapping[str, Any]) -> bool:
+    """Whether accumulation is given as before, for as many workers as there were then, and not to change anything."""
+    if config.checkpoint.overwrite_config or "training.global_batch_size" in given:
+        return False
+    stored = state["settings"]["training"]
+    followed = stored["gradient_accumulation_steps"] == 1 and stored["global_batch_size"] is not None
+    return followed or stored["gradient_accumulation_steps"] == config.training.gradient_accumulation_steps
 
 
 def _without(settings: Mapping[str, Any], paths: Sequence[str]) -> dict[str, Any]:

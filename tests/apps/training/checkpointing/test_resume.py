@@ -15,6 +15,7 @@ from apps.training.checkpointing.resume import (
 )
 from apps.training.config import parse, to_mapping
 from apps.training.config_schema import TrainConfig
+from apps.training.steps import accumulation_steps
 from backends.errors import UserError
 from tests.apps.training.checkpointing.toys import save
 
@@ -195,7 +196,7 @@ def test_a_file_of_settings_is_compared_like_the_command_line(saved: tuple[list[
     ("given", "expected"),
     [
         ([], (8, 1)),
-        (["training.gradient_accumulation_steps=4"], (8, 4)),
+        (["training.gradient_accumulation_steps=4"], (8, 1)),  # as before: other workers may need another one
         (["training.gradient_accumulation_steps=2"], (8, 2)),
         (["training.batch_size=4", "checkpoint.overwrite_config=true"], (8, 1)),
         (["training.gradient_accumulation_steps=2", "checkpoint.overwrite_config=true"], (None, 2)),
@@ -235,6 +236,16 @@ def test_a_folder_that_was_moved_with_its_checkpoints_is_gone_on_with_in_place(
     (tmp_path / "out").rename(tmp_path / "moved")
     argv = [*saved[0][:-1], f"training.output_dir={tmp_path}/moved"]
     assert goes_on_in_place(*resumed(*argv, "training.resume=auto"))
+
+
+def test_the_same_command_goes_on_with_other_workers_again_and_again(saved: tuple[list[str], Path]) -> None:
+    """Its accumulation was for as many workers as there were: 8 rows of 2 are 4 for one worker, 2 for two."""
+    argv = [*saved[0], "training.resume=auto"]
+    config, _ = resumed(*argv)
+    assert accumulation_steps(config.training, 1) == 4
+    assert accumulation_steps(config.training, 2) == 2
+    save(saved[1], 15, state={"settings": to_mapping(config), "run": {"global_batch_size": 8}})
+    assert accumulation_steps(resumed(*argv)[0].training, 4) == 1
 
 
 RUN = {"model": {"layers": 2, "width": 8}, "optimizer": {"name": "adamw"}, "precision": {"master": "none"}}
