@@ -22,7 +22,7 @@ def sample_text(
 
     Without a `prompt` the beginning of the first of `rows` is continued. None when there is nothing to start from.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
     room = model.config.max_position_embeddings - NEW_TOKENS
@@ -31,8 +31,10 @@ def sample_text(
     if ids.shape[1] == 0:
         return None
     device = next(model.parameters()).device
-    was_training = model.training
+    was_training, own = model.training, model.generation_config
     model.eval()
+    # A folder that training began with may ask for beams or penalties, which are not what the report says.
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=tokenizer.eos_token_id)
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         output = model.generate(
@@ -42,9 +44,9 @@ def sample_text(
             do_sample=True,
             temperature=0.8,
             top_k=50,
-            pad_token_id=tokenizer.eos_token_id,
         )
     model.train(was_training)
+    model.generation_config = own
     new = output[0, ids.shape[1] :]
     return tokenizer.decode(ids[0], skip_special_tokens=True), tokenizer.decode(new, skip_special_tokens=True)
 

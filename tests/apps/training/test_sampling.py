@@ -44,3 +44,13 @@ def test_a_long_prompt_is_cut_on_the_left_and_an_empty_one_gives_nothing(tiny_mo
     assert prompt.endswith("the dog ")
     assert len(prompt) < 2000
     assert sample(tiny_model, dataset, "") is None
+
+
+def test_a_models_own_ways_to_generate_are_not_the_reports(tiny_model: Path, dataset: Dataset) -> None:
+    model = modelzoo.build_model(modelzoo.load_config(config_name=tiny_model)).train()
+    arguments = {"prompt": "the quick", "rows": dataset.train, "seed": 1}
+    plain = sample_text(model, dataset.tokenizer_folder, **arguments)
+    model.generation_config.update(num_beams=3, repetition_penalty=5.0)
+    own = model.generation_config.to_dict()
+    assert sample_text(model, dataset.tokenizer_folder, **arguments) == plain
+    assert model.generation_config.to_dict() == own
