@@ -10,7 +10,7 @@ from apps.training.workers.launch import Launch, find_launch
 from backends.errors import UserError
 
 # What the system answers about a place that was named, wherever in the program it is first touched: never a bug.
-_OF_THE_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
+_OF_THE_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG}
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader (`| head`) went away
 
