@@ -38,13 +38,16 @@ def test_a_launchers_signal_is_a_request_however_often_it_comes(
     number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interrupt, "ONE_PRESS", -1.0)
-    before = signal.getsignal(number)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        assert stop.requested
-    assert capsys.readouterr().err == f"\n{number.name}: finishing this step, then saving.\n"
-    assert signal.getsignal(number) is before
+    before = signal.signal(number, signal.default_int_handler)  # SIGHUP is ignored where nohup started the tests
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert stop.requested
+        assert capsys.readouterr().err == f"\n{number.name}: finishing this step, then saving.\n"
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_outside_the_main_thread_it_leaves_signals_alone() -> None:
