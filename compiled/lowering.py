@@ -110,8 +110,8 @@ def _options(device_type: str) -> dict[str, Any]:
         return {"dynamic_scale_rblock": False}
     # The thread count is a matter of the run, not of the artifact: two workers with one thread each use the same file.
     options: dict[str, Any] = {"cpp.dynamic_threads": True}
-    if hasattr(config.aot_inductor, "enable_line_tables"):  # newer than PyTorch 2.11
-        # On: three quarters of an artifact are for debuggers, and g++ takes longer.
+    if hasattr(config.aot_inductor, "enable_line_tables"):  # not every PyTorch has it
+        # With them three quarters of an artifact are for debuggers.
         options["aot_inductor.enable_line_tables"] = False
     return options
 

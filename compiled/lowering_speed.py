@@ -1,4 +1,4 @@
-"""Two things that Inductor does for every operator of every kernel, and need not: a fifth of its time in Python.
+"""Two things that Inductor does for every operator of every kernel, and need not: up to two fifths of its time.
 
 The code it makes is the same to the letter. Touches torch's private compiler interfaces, like `lowering`.
 """
