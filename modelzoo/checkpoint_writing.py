@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from backends.errors import UserError
 from modelzoo import stored_layers
 from modelzoo.folder_exchange import exchange, sync
-from modelzoo.folder_filling import CANNOT_MOVE, fill, finish_filling, remove_folder, temporary_name
+from modelzoo.folder_filling import CANNOT_MOVE, delete, fill, finish_filling, remove_folder, temporary_name
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -203,7 +203,7 @@ def _exchange(new: Path, target: Path) -> None:
         if error.errno not in CANNOT_MOVE:
             raise
         for entry in kept:
-            _remove(new / entry.name)
+            delete(new / entry.name)
         fill(new, target, old)
         return
     for entry in kept:  # which somebody may have been writing to meanwhile
@@ -236,11 +236,3 @@ def _move_missing(source: Path, target: Path) -> None:
     elif source.is_dir() and not source.is_symlink() and target.is_dir():
         for entry in source.iterdir():
             _move_missing(entry, target / entry.name)
-
-
-def _remove(link: Path) -> None:
-    """Remove what `_link` made."""
-    if link.is_dir() and not link.is_symlink():
-        shutil.rmtree(link)
-    else:
-        link.unlink(missing_ok=True)

@@ -138,7 +138,7 @@ def _move_in(ready: Path) -> None:
         plan = json.loads((ready / PLAN).read_text(encoding="utf-8"))
         for name in plan["going"]:
             if name not in plan["coming"] or os.path.lexists(ready / name):  # otherwise it is the new one already
-                _delete(target / name)
+                delete(target / name)
         sync(target)
         for name in plan["coming"]:
             if name in GATES:
@@ -150,7 +150,8 @@ def _move_in(ready: Path) -> None:
     ready.rmdir()
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Remove a file, a link or a whole folder; a name that is not there is fine. Raises OSError."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -35,18 +35,20 @@ def sample_text(
     model.eval()
     # A folder that training began with may ask for beams or penalties, which are not what the report says.
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=tokenizer.eos_token_id)
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output = model.generate(
-            ids.to(device),
-            attention_mask=torch.ones_like(ids, device=device),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=True,
-            temperature=0.8,
-            top_k=50,
-        )
-    model.train(was_training)
-    model.generation_config = own
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output = model.generate(
+                ids.to(device),
+                attention_mask=torch.ones_like(ids, device=device),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=True,
+                temperature=0.8,
+                top_k=50,
+            )
+    finally:
+        model.train(was_training)
+        model.generation_config = own
     new = output[0, ids.shape[1] :]
     return tokenizer.decode(ids[0], skip_special_tokens=True), tokenizer.decode(new, skip_special_tokens=True)
 

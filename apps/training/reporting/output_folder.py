@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from apps.training.checkpointing.manifest import checkpoint_folders
 from apps.training.files import atomic_path, nearest_existing, require_writable
 from apps.training.memory import gibibytes
 from apps.training.reporting.records import StepRecord
@@ -49,7 +50,7 @@ def require_free(folder: Path, *, overwrite: bool, unfinished: bool = False, che
     names = CHECKPOINT_FILES if unfinished else (*RUN_FILES, *CHECKPOINT_FILES)
     taken = sorted({path.name for name in names for path in folder.glob(name)})
     if taken and not overwrite:
-        saved = checkpoints is not None and not unfinished and any(checkpoints.glob("iter_*"))
+        saved = checkpoints is not None and not unfinished and checkpoint_folders(checkpoints)
         ways = "Choose another folder, or replace it with training.overwrite_output_dir=true."
         if saved:
             ways = (
