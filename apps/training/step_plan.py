@@ -14,6 +14,7 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import backends
 import compiled
 import modelzoo
 from apps.training import optimizers
@@ -27,9 +28,7 @@ from apps.training.lora import add_updates, spec_fields
 from apps.training.loss import loss_terms
 from apps.training.optimizers import Optimizer
 from apps.training.parameter_groups import ParameterGroup, groups_table, parameter_groups, rules_of
-from backends import layers, lora, split_masters, state, stochastic_rounding
 from backends.errors import UserError
-from backends.kernels import dither
 from backends.lora import Lora
 from backends.precision import PrecisionPolicy
 from backends.routing import Plan, route
@@ -48,6 +47,12 @@ _NOT_IN_GRAPH = frozenset(
 _NOT_COMPILED = (
     *("max_seq_length", "verbose", "debug", "workers", "calibrate_steps", "merge"),
     *("mlir.whole_step", "mlir.timeout_s", "mlir.memory_gb"),
+)
+# What the graphs of any step are made of beside zoo and compile room, in the folder of the backends.
+_TRACED = (
+    *("articles", "joint", "layers", "lora", "split_masters", "state", "stochastic_rounding"),
+    *("kernels/cross_entropy", "kernels/dither", "kernels/external", "kernels/in_capture", "kernels/rms_norm"),
+    *("kernels/triton_cross_entropy", "kernels/triton_functions", "kernels/triton_rms_norm"),
 )
 
 
@@ -268,13 +273,11 @@ def _rule_fingerprint(rule: Optimizer) -> str:
 
 
 def _source_fingerprint() -> str:
-    """Of the code that makes graphs (zoo, compile room, the layers that call a backend): another one, other artifacts.
+    """Of the code that makes graphs (zoo, compile room, layers, norm and loss): another one, other artifacts.
 
     What a backend computes with is in its own fingerprint, so that editing one backend leaves the others' artifacts.
     """
     folders = [Path(module.__path__[0]) for module in (modelzoo, compiled)]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    files += [
-        Path(str(module.__file__)) for module in (layers, lora, split_masters, state, stochastic_rounding, dither)
-    ]
+    files += [Path(backends.__path__[0], f"{name}.py") for name in _TRACED]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]
