@@ -7,13 +7,22 @@ It loads and saves plain Hugging Face checkpoints, works with `generate()` and T
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedModel,
+    StaticCache,
+)
 from transformers.generation import CompileConfig
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -21,6 +30,7 @@ from transformers.utils import can_return_tuple
 
 from backends.articles import article_mask
 from backends.errors import UserError
+from backends.kernels.inference import inference_kernels
 from backends.precision import PrecisionPolicy, as_torch
 from modelzoo.dropout import name_dropouts
 from modelzoo.llama_block import (
@@ -108,12 +118,13 @@ class ZooLlamaModel(ZooLlamaPreTrainedModel):
 
         keep = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         kept = []
-        for index, layer in enumerate(self.layers):
-            if keep:
-                kept.append(hidden_states)
-            update = None if past_key_values is None else partial(past_key_values.update, layer_idx=index)
-            hidden_states = layer(hidden_states, cos, sin, None, mask, update)
-        hidden_states = self.norm(hidden_states)
+        with _kernels_for(past_key_values, hidden_states):
+            for index, layer in enumerate(self.layers):
+                if keep:
+                    kept.append(hidden_states)
+                update = None if past_key_values is None else partial(past_key_values.update, layer_idx=index)
+                hidden_states = layer(hidden_states, cos, sin, None, mask, update)
+            hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
@@ -124,6 +135,13 @@ class ZooLlamaModel(ZooLlamaPreTrainedModel):
     def compute_dtype(self) -> torch.dtype:
         """The dtype of products: the config's, or the parameters'."""
         return chosen_dtype(self.config.compute_dtype) or self.norm.weight.dtype
+
+
+def _kernels_for(past_key_values: Cache | None, hidden_states: Tensor) -> AbstractContextManager[None]:
+    """Fused kernels with a cache of fixed size, the form for writing text fast; op for op transformers without."""
+    if torch.compiler.is_compiling() or not isinstance(past_key_values, StaticCache):
+        return nullcontext()
+    return inference_kernels(hidden_states)
 
 
 class ZooLlamaForCausalLM(ZooLlamaPreTrainedModel, GenerationMixin):

@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from backends.joint import joint_linear
+from backends.kernels.inference import add_rms_norm, gated_silu
 from backends.kernels.rms_norm import rms_norm
 from backends.layers import BackendAttention, BackendLinear
 from backends.precision import as_torch
@@ -64,9 +65,20 @@ class ZooLlamaRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., D] in any dtype -> [..., D] in the compute dtype."""
+        return rms_norm(hidden_states, *self._options())
+
+    def behind_sum(self, residual: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """(residual + update in the dtype of residual, that sum normalised), both [..., D]."""
+        is_watched = self._forward_hooks or self._forward_pre_hooks  # by who wants to see a call
+        fused = None if is_watched else add_rms_norm(residual, update, *self._options())
+        if fused is not None:
+            return fused
+        total = residual + update.to(residual.dtype)
+        return total, self(total)
+
+    def _options(self) -> tuple[Tensor, float, torch.dtype, torch.dtype]:
         norm_dtype = self.norm_dtype or torch.promote_types(self.weight.dtype, torch.float32)
-        compute_dtype = self.compute_dtype or self.weight.dtype
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, norm_dtype, compute_dtype)
+        return self.weight, self.variance_epsilon, norm_dtype, self.compute_dtype or self.weight.dtype
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -130,7 +142,8 @@ class ZooLlamaMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         gate, up = joint_linear(self, x)
-        return self.down_proj(self.act_fn(gate) * up)
+        gated = gated_silu(gate, up) if self.act_fn is F.silu else None
+        return self.down_proj(self.act_fn(gate) * up if gated is None else gated)
 
 
 class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
@@ -160,13 +173,11 @@ class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
         attention stays inside (`backends.articles`). mask: bool [B, 1, S, S_kv], True = attend. Neither = causal (a
         single query sees every key). cache_update(k, v): returns the keys and values to attend to.
         """
-        residual = hidden_states
-        hidden_states = self.self_attn(self.input_layernorm(hidden_states), cos, sin, articles, mask, cache_update)
+        update = self.self_attn(self.input_layernorm(hidden_states), cos, sin, articles, mask, cache_update)
         if self.attention_dropout is not None:
-            hidden_states = self.attention_dropout(hidden_states)
-        hidden_states = residual + hidden_states.to(residual.dtype)
-        residual = hidden_states
-        hidden_states = self.mlp(self.post_attention_layernorm(hidden_states))
+            update = self.attention_dropout(update)
+        hidden_states, normed = self.post_attention_layernorm.behind_sum(hidden_states, update)
+        update = self.mlp(normed)
         if self.mlp_dropout is not None:
-            hidden_states = self.mlp_dropout(hidden_states)
-        return residual + hidden_states.to(residual.dtype)
+            update = self.mlp_dropout(update)
+        return hidden_states + update.to(hidden_states.dtype)

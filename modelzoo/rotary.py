@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from backends.kernels import inference
+
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 
 
@@ -70,7 +72,8 @@ def _sent(content: bytes, device: torch.device) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x [B, heads, S, head_dim] by its positions; cos, sin: [S, head_dim], or [B, S, head_dim] for ragged rows."""
-    return _Rotation.apply(x, cos, sin)
+    turned = inference.rotate(x, cos, sin)
+    return _Rotation.apply(x, cos, sin) if turned is None else turned
 
 
 class _Rotation(torch.autograd.Function):

@@ -4,8 +4,9 @@ With s = 1 / rms(x), x̂ = s x, g the gradient of the result, and h a gradient t
 
     dx = h + s (g w − x̂ mean(g w x̂)),   dw = Σ over rows of g x̂
 
-The forward is plain torch, which Inductor fuses with what stands before it. While a region is traced for a GPU, the
-backward is an operator made of a Triton kernel: in float32, whatever the tensors' dtypes.
+The forward is plain torch, which Inductor fuses with what stands before it; where text is written, `inference.py` has
+it as one kernel. While a region is traced for a GPU, the backward is an operator made of a Triton kernel: in float32,
+whatever the tensors' dtypes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.kernels import triton_rms_norm
+from backends.kernels import inference, triton_rms_norm
 from backends.kernels.in_capture import takes_kernels
 
 rms_norm_backward_kernel: Any = None  # the Triton function, once registered
@@ -29,6 +30,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, norm_dtype: torch.dtype,
     The one place where an implementation for a device is chosen.
     """
     given = (x, weight, epsilon, norm_dtype, compute_dtype)
+    fused = inference.add_rms_norm(x, None, *given[1:])
+    if fused is not None:
+        return fused[1]
     if torch.is_grad_enabled() and takes_kernels(x) and norm_dtype == torch.float32 and x.shape[-1] <= WIDEST:
         return _RMSNorm.apply(*given)
     return _normed_and_scale(*given)[0]
