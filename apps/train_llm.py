@@ -205,10 +205,10 @@ def take_steps(
     """Train, evaluate, save; `outcome`, CSV and screen get every step. False when a loss is no longer finite."""
     from apps.training.devices import memory_errors_told
     from apps.training.evaluating import Evaluator
+    from apps.training.nonfinite import NonFiniteLoss
     from apps.training.progress import Progress
     from apps.training.reporting.lines import live_fields, step_line
     from apps.training.reporting.run_reports import RunReports
-    from apps.training.trainer import NonFiniteLoss
 
     count, evaluator = trainer.count, Evaluator(config, trainer, loader, stop.asked)
     with (

@@ -1,11 +1,33 @@
-"""Steps whose loss or gradients were not finite: how many in a row, and what a run says that ends over them."""
+"""Steps whose loss or gradients were not finite: the first, or how many in a row, and what a run then says."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
 from apps.training.reporting.records import StepRecord
+
+
+class NonFiniteLoss(RuntimeError):
+    """A step's loss, or what is known of its gradient, is NaN or infinite: the weights are spoilt for good."""
+
+
+def require_finite(record: StepRecord, *, bounds_values: bool) -> None:
+    """Raises NonFiniteLoss, unless the step left everything as it was.
+
+    A gradient may be spoilt where the loss is not yet: the weights behind that step must not be saved. `bounds_values`:
+    each gradient is clipped, which makes an infinite one a number again.
+    """
+    named = {"loss": record.loss, "objective": record.objective, "gradient norm": record.grad_norm}
+    if bounds_values and record.grad_norm == math.inf:
+        del named["gradient norm"]
+    for what, value in named.items():
+        if value is not None and not math.isfinite(value) and not record.skipped:
+            raise NonFiniteLoss(
+                f"The {what} of step {record.step} is {value} at learning rate {record.lr:.4g}; it was not saved. "
+                "Lower optimizer.lr, raise schedule.warmup_steps, or set training.max_grad_norm."
+            )
 
 
 def skipped_in_a_row(records: Sequence[StepRecord]) -> int:

@@ -6,7 +6,6 @@ late: while the host waits for the loss of step n, step n+1 is already queued, s
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +21,7 @@ from apps.training.data.packing import Rows
 from apps.training.host_copy import HostScalars
 from apps.training.hyperparameters import hyperparameter_table
 from apps.training.loss import Batch, make_batch, microbatches
+from apps.training.nonfinite import require_finite
 from apps.training.recipe import Recipe
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.statistics import MeasuredStep, RunStatistics
@@ -69,16 +69,6 @@ class Workers(Protocol):
     def doing(self, what: str) -> None: ...
     def waiting(self, what: str) -> None: ...
     def busy(self, what: str) -> AbstractContextManager[None]: ...
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss of a step is NaN or infinite: the weights are spoilt, and going on cannot mend them."""
-
-    def __init__(self, record: StepRecord) -> None:
-        super().__init__(
-            f"The loss of step {record.step} is {record.loss} at learning rate {record.lr:.4g}; it was not saved. "
-            "Lower optimizer.lr, raise schedule.warmup_steps, or set training.max_grad_norm."
-        )
 
 
 @dataclass(frozen=True)
@@ -233,6 +223,7 @@ class Trainer:
 
     def _record(self, queued: _Queued, begin: float) -> StepRecord:
         record = queued.record(begin)
+        require_finite(record, bounds_values=self.recipe.max_grad_value is not None)
         if self.statistics is not None:
             self.statistics.tell(record, queued.measured)
         return record
@@ -266,7 +257,7 @@ class _Queued:
     def record(self, begin: float) -> StepRecord:
         """Wait for the step's numbers; its time runs from `begin` to now."""
         scalars = self.scalars.read()
-        record = StepRecord(
+        return StepRecord(
             step=self.step,
             epoch=self.epoch,
             loss=scalars["loss"],
@@ -278,9 +269,6 @@ class _Queued:
             objective=scalars.get("objective"),
             skipped=int(not scalars.get("applied", True)),
         )
-        if not math.isfinite(record.loss) and not record.skipped:
-            raise NonFiniteLoss(record)
-        return record
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:

@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from apps.training.config_schema import OptimizerConfig
 from apps.training.data.packing import Rows
 from apps.training.eager_program import EagerProgram, StepResult
+from apps.training.nonfinite import NonFiniteLoss
 from apps.training.optimizers.adamw import AdamW
 from apps.training.parameter_groups import group_parameters
 from apps.training.recipe import Recipe
 from apps.training.steps import StepCount
-from apps.training.trainer import NonFiniteLoss, Program, Trainer
+from apps.training.trainer import Program, Trainer
 from apps.training.workers.group import Workers
 from apps.training.workers.launch import Launch
 from backends.precision import resolve
@@ -199,6 +200,35 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(bad: float) -> None:
     assert [next(loop).step, next(loop).step] == [1, 2]
     with pytest.raises(NonFiniteLoss, match=rf"The loss of step 3 is {bad}.*Lower optimizer\.lr"):
         next(loop)
+
+
+@pytest.mark.parametrize(
+    ("of", "value", "bound", "ends"),
+    [
+        ("gradient norm", math.nan, None, True),
+        ("gradient norm", math.inf, None, True),
+        ("gradient norm", math.nan, 1.0, True),
+        ("gradient norm", math.inf, 1.0, False),  # each gradient is at most 1 then
+        ("objective", math.inf, None, True),
+    ],
+)
+def test_so_does_a_gradient_that_is_not_finite_behind_a_loss_that_is(
+    of: str, value: float, bound: float | None, ends: bool
+) -> None:
+    class Spoilt(Noted):
+        def train_step(self, *arguments: object) -> StepResult:
+            result, given = super().train_step(*arguments), torch.tensor(value if len(self.tables) == 2 else 1.0)
+            return result._replace(**{of.replace("gradient", "grad").replace(" ", "_"): given})
+
+    loop = trainer(Spoilt(), 3)
+    loop = replace(loop, recipe=replace(loop.recipe, max_grad_value=bound))
+    records = loop.steps(endless_rows(), pause_after=never, should_stop=never)
+    assert next(records).step == 1
+    if ends:
+        with pytest.raises(NonFiniteLoss, match=rf"The {of} of step 2 is {value} .*it was not saved"):
+            next(records)
+    else:
+        assert [record.step for record in records] == [2, 3]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
