@@ -7,6 +7,7 @@ moments say what they did. Both streams stop at the stage's input; only its mome
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -134,14 +135,22 @@ def stages_of(inputs: BlockInputs, path: str, block: nn.Module, layers: Mapping[
 
 
 def _tap(output: Tensor, given: Sequence[tuple[str, Tensor]], sums: Sequence[Tensor]) -> str | None:
-    """The part that is given what `output` is added to, if it is."""
+    """The part that is given what `output` is added to, if it is: of several that come near, the nearest.
+
+    In 16 bits a small output hardly shows in a sum, and one of two sums is near to the other: a difference has to be
+    small against the output too.
+    """
+    size, found = float(output.norm()), dict[str, float]()
     for path, before in given:
-        if before.shape == output.shape:
-            added = before + output
-            near = 4 * torch.finfo(added.dtype).eps * float(added.norm())
-            if any(each.shape == added.shape and float((each - added).norm()) <= near for each in sums):
-                return path
-    return None
+        if before.shape != output.shape:
+            continue
+        added = before + output
+        near = min(4 * torch.finfo(added.dtype).eps * float(added.norm()), size / 4)
+        others = [each for each in sums if each is not before and each.shape == added.shape]
+        difference = min((float((each - added).norm()) for each in others), default=math.inf)
+        if difference <= near:
+            found.setdefault(path, difference)
+    return min(found, key=lambda path: found[path], default=None)
 
 
 def sum_moments(moments: Moments, sum_: Sum) -> None:
