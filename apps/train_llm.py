@@ -117,7 +117,8 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     settings, output, length = config.training, Path(config.training.output_dir), config.model.max_seq_length
     artifact = require_artifact(config, plan)
     device = open_device(plan.spec.device["kind"], config, workers)
-    accumulation = accumulation_steps(settings, workers.world_size)
+    kept_from = None if config.checkpoint.overwrite_config else checkpoint
+    accumulation = accumulation_steps(settings, workers.world_size, kept_from=kept_from)
     free = available_memory(str(device), workers.local_world_size, config.run.memory_gib)
     memory = run_memory(config, plan, artifact, accumulation=accumulation, world_size=workers.world_size, free=free)
     require_memory(memory, free, str(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from apps.training.config_schema import TrainingConfig
@@ -11,24 +12,32 @@ from apps.training.token_budget import TokenBudget, count_tokens
 from backends.errors import UserError
 
 
-def accumulation_steps(settings: TrainingConfig, world_size: int) -> int:
+def accumulation_steps(settings: TrainingConfig, world_size: int, *, kept_from: Path | None = None) -> int:
     """Microbatches of each worker in a step: as many as make `global_batch_size` rows, or else as many as were asked.
 
-    UserError when the rows of one microbatch of all workers do not divide the global batch.
+    kept_from: the checkpoint that says the global batch, which nobody gave. UserError when the rows of one microbatch
+    of all workers do not divide it.
     """
     rows, asked = settings.batch_size * world_size, settings.gradient_accumulation_steps
     if settings.global_batch_size is None:
         return asked
+    given = f"training.global_batch_size={settings.global_batch_size}"
+    other, drop = "Change one of them.", "Drop one of them."
+    if kept_from is not None:
+        given = f"A step of the run in {kept_from} has {settings.global_batch_size} rows, which"
+        other = "Start another number of workers, or give other rows with checkpoint.overwrite_config=true."
+        drop = "Leave it out, or give it with checkpoint.overwrite_config=true."
     if settings.global_batch_size % rows:
+        workers = "1 worker takes" if world_size == 1 else f"{world_size} workers take"
         raise UserError(
-            f"training.global_batch_size={settings.global_batch_size} is not a multiple of the {rows} rows that "
-            f"{world_size} workers take at a time (training.batch_size={settings.batch_size} each). Change one of them."
+            f"{given} is not a multiple of the {rows} rows that {workers} at a time "
+            f"(training.batch_size={settings.batch_size} each). {other}"
         )
     needed = settings.global_batch_size // rows
     if asked not in (1, needed):
         raise UserError(
-            f"training.global_batch_size={settings.global_batch_size} over {rows} rows at a time makes {needed} "
-            f"microbatches, but training.gradient_accumulation_steps={asked} was given too. Drop one of them."
+            f"{given} over {rows} rows at a time makes {needed} microbatch{'es' * (needed != 1)}, but "
+            f"training.gradient_accumulation_steps={asked} was given too. {drop}"
         )
     return needed
 

@@ -1,6 +1,7 @@
 """Counting steps and epochs, against walking through them one by one."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,3 +93,31 @@ def test_the_microbatches_of_a_worker_make_the_global_batch(settings, world_size
 def test_a_global_batch_the_workers_cannot_make_is_refused(settings, message):
     with pytest.raises(UserError, match=re.escape(message)):
         accumulation_steps(TrainingConfig(**settings), 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"batch_size": 4, "global_batch_size": 4},
+            "A step of the run in iter_2 has 4 rows, which is not a multiple of the 8 rows that 2 workers take at a "
+            "time (training.batch_size=4 each). Start another number of workers, or give other rows with "
+            "checkpoint.overwrite_config=true.",
+        ),
+        (
+            {"batch_size": 4, "global_batch_size": 16, "gradient_accumulation_steps": 3},
+            "training.gradient_accumulation_steps=3 was given too. Leave it out, or give it with "
+            "checkpoint.overwrite_config=true.",
+        ),
+    ],
+)
+def test_a_global_batch_that_a_checkpoint_says_is_not_called_given(settings, message):
+    """It was: 'training.global_batch_size=4 … Change one of them', and each change was refused in its turn."""
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        accumulation_steps(TrainingConfig(**settings), 2, kept_from=Path("iter_2"))
+    assert "global_batch_size" not in str(raised.value)
+
+
+def test_one_worker_is_one_worker():
+    with pytest.raises(UserError, match="that 1 worker takes at a time"):
+        accumulation_steps(TrainingConfig(batch_size=4, global_batch_size=30), 1)
