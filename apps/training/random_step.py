@@ -22,7 +22,8 @@ def random_batch(plan: StepPlan, device: torch.device, accumulation: int = 1) ->
     shape = (plan.spec.batch_size, plan.spec.max_seq_length)
     ids = torch.randint(0, plan.model_config.vocab_size, shape, device=device)
     labels = torch.randint(0, plan.model_config.vocab_size, shape, device=device)
-    scale = torch.full(shape, 1 / (accumulation * ids.numel()), device=device, dtype=as_torch(plan.precision.logits))
+    dtype = as_torch(at_least_float32(plan.precision.logits))  # as Trainer.loss_dtype
+    scale = torch.full(shape, 1 / (accumulation * ids.numel()), device=device, dtype=dtype)
     batch = {"input_ids": ids, "labels": labels, "grad_scale": scale}
     if plan.spec.article_attention:
         # each token opens an article with the chance that gives their mean length
