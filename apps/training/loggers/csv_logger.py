@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from apps.training.files import atomic_path
 from apps.training.loggers._base import Run, RunLogger
@@ -20,8 +21,8 @@ class CsvLogger(RunLogger):
         self.path = run.folder / FILE
         rows = [row for row in _read(self.path) if int(row["step"]) <= run.resumed_step]
         self.columns = list(dict.fromkeys(["step", *(name for row in rows for name in row)]))
-        self.row: Row = {}  # the last one
-        self.begin = self._open(rows)  # of the last row
+        self.row: Row = rows[-1] if rows else {}  # the last one: its step may come once more
+        self.begin = self._open(rows)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """A step that comes twice has one row with all its numbers."""
@@ -36,20 +37,26 @@ class CsvLogger(RunLogger):
             self.columns += new
             self._open(_read(self.path))
         self.begin = self.file.tell()
-        csv.DictWriter(self.file, self.columns, restval="", lineterminator="\n").writerow(self.row)
+        self._writer(self.file).writerow(self.row)
         self.file.flush()
 
     def close(self, *, failed: bool) -> None:
         self.file.close()
 
     def _open(self, rows: Sequence[Row]) -> int:
-        """Write the file with these rows, and leave it open for more behind them: at the place returned."""
+        """Write the file with these rows, and leave it open for more behind them; where the last one begins."""
         with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
+            writer = self._writer(file)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(rows[:-1])
+            begin = file.tell()
+            writer.writerows(rows[-1:])
         self.file = self.path.open("r+", newline="", encoding="utf-8")
-        return self.file.seek(0, 2)
+        self.file.seek(0, 2)
+        return begin
+
+    def _writer(self, file: TextIO) -> csv.DictWriter[str]:
+        return csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
 
 
 def _read(path: Path) -> list[Row]:

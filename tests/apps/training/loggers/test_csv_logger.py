@@ -56,6 +56,19 @@ def test_a_resumed_log_has_no_gap_and_no_duplicate(tmp_path: Path) -> None:
     assert (tmp_path / "log.csv").read_bytes() == whole
 
 
+def test_the_last_step_of_a_resumed_log_may_come_once_more(tmp_path: Path) -> None:
+    """Its evaluation was stopped, and is made up by the next start; also with a number that is new to the file."""
+    logger = CsvLogger(a_run(tmp_path))
+    logger.log(1, {"loss": 3.0, "lr": 0.5})
+    logger.log(2, {"loss": 2.0})
+    logger.close(failed=False)
+    again = CsvLogger(a_run(tmp_path, resumed_step=2))
+    again.log(2, {"evaluation_loss": 1.5})
+    again.log(3, {"loss": 1.0})
+    again.close(failed=False)
+    assert (tmp_path / "log.csv").read_text() == "step,loss,lr,evaluation_loss\n1,3.0,0.5,\n2,2.0,,1.5\n3,1.0,,\n"
+
+
 def test_another_run_starts_an_empty_log(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("step,loss\n1,3.0\n")
     CsvLogger(a_run(tmp_path)).close(failed=False)
