@@ -73,7 +73,7 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
     all_of_it = ", all that its full batches hold" if tokens < settings.compress.tokens else ""
     print(f"Calibration: {tokens:,} tokens of {dataset.folder}{all_of_it}", flush=True)
     if settings.evaluate and workers.is_first:
-        before = perplexity(model, dataset, settings, device, "Perplexity before")
+        before = perplexity(model, dataset, settings, workers, device, "Perplexity before")
     chosen = settings.compress
     learning = Learning(model, batches, settings) if chosen.method == "mimic_gd" else None
     if learning is not None and workers.world_size > 1:
@@ -86,7 +86,12 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
             workers.doing(f"compressing behind {report.name}")
             progress.update()
 
-        workers.waiting("compressing with the others")
+        def sum_(tensor: torch.Tensor) -> torch.Tensor:
+            workers.waiting("waiting for the others' moments")
+            total = workers.sum_(tensor)
+            workers.doing("compressing")
+            return total
+
         reports = compress_model(
             model,
             batches,
@@ -98,13 +103,13 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
             inputs=chosen.inputs,
             targets=chosen.targets,
             learned=learning,
-            sum_=workers.sum_,
+            sum_=sum_,
             on_layer=on_layer,
         )
     if not workers.is_first:
         return
-    after = perplexity(model, dataset, settings, device, "Perplexity after") if settings.evaluate else None
-    save(model, settings, output)
+    with workers.busy("saving the model"):
+        save(model, settings, output)
     title = f"{Path(settings.checkpoint.model_name_or_path).resolve().name}: {chosen.method}"
     write_csv(output / CSV, reports, predicts=chosen.method in ("svd_llm", "mimic"))
     write_picture(output / PICTURE, reports, title)
@@ -114,7 +119,8 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
     for line in summary(reports):
         print(line)
     print(f"Checkpoint saved at {output}/ (with {CSV}, {PICTURE})")
-    if after is not None:
+    if settings.evaluate:  # what was made is safe by now
+        after = perplexity(model, dataset, settings, workers, device, "Perplexity after")
         print(f"Perplexity before: {before:.4f}\nPerplexity after: {after:.4f}")
 
 

@@ -58,8 +58,10 @@ def calibration_batches(
 
 
 @torch.no_grad()
-def perplexity(model: Any, dataset: Dataset, settings: CompressSettings, device: torch.device, label: str) -> float:
-    """exp of the mean loss over the counted positions of the dev split."""
+def perplexity(
+    model: Any, dataset: Dataset, settings: CompressSettings, workers: Workers, device: torch.device, label: str
+) -> float:
+    """exp of the mean loss over the counted positions of the dev split, all of it by this worker."""
     total, counted = 0.0, 0
     dtype = as_torch(at_least_float32(model.precision.logits))
     num_batches = -(-dataset.num_dev_rows // settings.batch_size)
@@ -69,6 +71,7 @@ def perplexity(model: Any, dataset: Dataset, settings: CompressSettings, device:
             (tensors,) = microbatches([batch], device=device, dtype=dtype)
             total += float(loss_of(logits_of(model, tensors), tensors)) * batch.num_counted
             counted += batch.num_counted
+            workers.doing(f"taking the perplexity, batch {progress.done + 1} of {num_batches}")
             progress.update()
     loss = total / max(counted, 1)
     return math.exp(loss) if loss < 700 else math.inf

@@ -14,6 +14,7 @@ import torch
 
 import modelzoo
 from apps.compress_llm import main
+from apps.training.workers.group import Workers
 from tests import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,6 +188,22 @@ def test_two_workers_write_what_one_writes(
     for one, other in zip(*tables, strict=True):
         assert one[:2] == other[:2]
         assert one[2] == pytest.approx(other[2], rel=1e-4)
+
+
+def test_the_watch_hears_of_each_batch_and_of_each_sum(
+    arguments: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait meanwhile: a worker that says nothing for worker_timeout seconds would end the job."""
+    told: list[str] = []
+    monkeypatch.setattr(Workers, "doing", lambda self, what: told.append(what))
+    monkeypatch.setattr(Workers, "waiting", lambda self, what: told.append(what))
+    assert run(capsys, monkeypatch, arguments | {"compress.allocation": "spectrum", "batch_size": 2})[0] == 0
+    first = told.index("compressing behind model.layers.0.self_attn.q_proj")
+    batches = [what for what in told[:first] if what.startswith("taking the perplexity, batch")]
+    assert len(batches) > 1
+    assert batches[-1].split()[-1] == str(len(batches))
+    assert told[:first].count("compressing") == told[:first].count("waiting for the others' moments") > 2
+    assert told[-1] == batches[-1]  # the last thing, behind what is saved
 
 
 @pytest.mark.parametrize(
