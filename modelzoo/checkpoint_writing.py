@@ -198,6 +198,7 @@ def _exchange(new: Path, target: Path) -> None:
     try:
         for entry in kept:
             _link(entry, new / entry.name)
+        sync(new)
         exchange(new, target)
     except OSError as error:
         if error.errno not in CANNOT_MOVE:
@@ -215,12 +216,13 @@ def _belongs_to_checkpoint(entry: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name, not a copy: a log being written to stays the same file."""
+    """A second name, on the disk for certain; not a copy: a log being written to stays the same file."""
     if source.is_dir() and not source.is_symlink():
         target.mkdir()
         for entry in source.iterdir():
             _link(entry, target / entry.name)
         shutil.copystat(source, target)
+        sync(target)
         return
     try:
         os.link(source, target, follow_symlinks=False)
@@ -228,6 +230,8 @@ def _link(source: Path, target: Path) -> None:
         if error.errno == errno.EXDEV:  # of another volume: never copied off it
             raise
         shutil.copy2(source, target, follow_symlinks=False)  # a file system without hard links
+        if not target.is_symlink():
+            sync(target)
 
 
 def _move_missing(source: Path, target: Path) -> None:

@@ -1,5 +1,6 @@
 """save_model: what plain transformers reads, bit for bit, and a folder that is never half old and half new."""
 
+import errno
 import json
 import os
 import subprocess
@@ -206,6 +207,36 @@ def test_a_runs_checkpoints_are_under_their_name_at_every_moment(
     assert seen == ["{}", "{}"]
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["iter_1", "iter_2"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_kept_is_on_the_disk_under_its_second_name_before_the_first_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """A machine that loses its power behind the exchange has a run's checkpoints, also where they had to be copied."""
+    out = save_model(twins(llama_config())[1], tmp_path / "out")
+    kept = out / "checkpoints" / "iter_1"
+    kept.mkdir(parents=True)
+    (kept / "state.json").write_text("{}")
+    (kept / "last").symlink_to("state.json")
+    flushed: list[Path] = []
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def look(new: Path, target: Path) -> None:
+        names = {path.relative_to(new).as_posix() for path in flushed if path.is_relative_to(new)}
+        copies = set() if links else {"checkpoints/iter_1/state.json"}
+        assert {".", "checkpoints", "checkpoints/iter_1"} | copies <= names
+        assert flushed[-1] == new
+        exchange(new, target)
+
+    if not links:
+        monkeypatch.setattr("os.link", refuse)
+    monkeypatch.setattr(checkpoint_writing, "sync", lambda path: flushed.append(path))
+    monkeypatch.setattr(checkpoint_writing, "exchange", look)
+    save_model(twins(llama_config())[1], out)
+    assert (kept / "last").read_text() == "{}"
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
