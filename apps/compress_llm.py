@@ -161,7 +161,7 @@ def save(model: Any, settings: CompressSettings, output: Path) -> None:
 
 def main() -> int:
     """Entry point: exit code 2 and one line for a user's mistake."""
-    return run_main(program)
+    return run_main(program, many_workers=True)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def profile(options: ProfileOptions, config: TrainConfig, workers: Workers) -> N
 
 
 def main() -> int:
-    return run_main(program)
+    return run_main(program, many_workers=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if not __package__:  # started as a file: make the repository importable from wh
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from apps.training.checkpointing.resume import goes_on_in_place, resumed_settings, run_folders, save_folder
-from apps.training.cli import INTERRUPTED, run_main
+from apps.training.cli import INTERRUPTED, first_alone, run_main
 from apps.training.config import parse, to_yaml
 from apps.training.config_schema import TrainConfig
 from apps.training.reporting.output_folder import require_free, require_room, start_run
@@ -45,7 +45,7 @@ def program(argv: Sequence[str]) -> int:
     """Settings first: a mistake in them is answered before PyTorch is imported."""
     config = parse(argv)
     if config.command == "compile":
-        return compile_step(config) if find_launch().is_first else 0
+        return first_alone(lambda: compile_step(config)) or 0
     return train(*resumed_settings(argv, config))
 
 
@@ -241,7 +241,7 @@ def take_steps(
 
 
 def main() -> int:
-    return run_main(program)
+    return run_main(program, many_workers=True)
 
 
 if __name__ == "__main__":

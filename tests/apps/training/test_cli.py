@@ -4,12 +4,14 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 
-from apps.training.cli import run_main
+from apps.training.cli import first_alone, run_main
 from backends.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -77,3 +79,62 @@ def test_an_error_that_nobody_reads_keeps_its_code(monkeypatch: pytest.MonkeyPat
         assert run_main(raising(UserError("No such folder.")), []) == 2
         assert run_main(raising(KeyboardInterrupt()), []) == 130
         os.dup2(os.open(os.devnull, os.O_WRONLY), writing)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[BaseException]]]:
+    """Makes this process a worker of two; what it would meet the others over is in the list."""
+    met: list[BaseException] = []
+    files = ExitStack()
+
+    def fail(launch: object, error: BaseException) -> None:
+        met.append(error)
+        raise SystemExit(99)
+
+    def opened(*given: Any, **how: Any) -> TextIO:
+        return files.enter_context(open(*given, **how))
+
+    def start(rank: int) -> list[BaseException]:
+        for name, value in {"PMI_RANK": str(rank), "PMI_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("apps.training.workers.group.fail_before_opening", fail)
+        monkeypatch.setattr("apps.training.cli.open", opened, raising=False)
+        for stream in ("stdout", "stderr"):
+            monkeypatch.setattr(f"sys.{stream}", getattr(sys, stream))
+        return met
+
+    with files:
+        yield start
+
+
+def test_a_program_for_one_runs_on_the_first_worker_whose_error_waits_for_none(launched, capsys) -> None:
+    met = launched(0)
+    assert run_main(lambda argv: 3, []) == 3
+    assert run_main(raising(UserError("No such folder.")), []) == 2
+    assert run_main(raising(KeyboardInterrupt()), []) == 130
+    assert capsys.readouterr().err == "error: No such folder.\ninterrupted\n"
+    with pytest.raises(BrokenPipeError):
+        first_alone(lambda: raising(BrokenPipeError())([]))
+    with pytest.raises(ZeroDivisionError) as bug:
+        run_main(raising(ZeroDivisionError()), [])
+    assert bug.value.__suppress_context__
+    assert not met
+
+
+def test_a_program_for_one_does_nothing_on_another_worker(launched) -> None:
+    met = launched(1)
+    assert run_main(raising(UserError("No such folder.")), []) == 0
+    assert not met
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_program_for_many_meets_over_an_error_but_not_over_the_first_ones_own(launched, rank: int) -> None:
+    met = launched(rank)
+    mistake = UserError("No such folder.")
+    with pytest.raises(SystemExit):
+        run_main(raising(mistake), [], many_workers=True)
+    assert met == [mistake]
+    met.clear()
+    alone = run_main(lambda argv: first_alone(lambda: raising(mistake)(argv)), [], many_workers=True)
+    assert alone == (2 if rank == 0 else 0)
+    assert not met

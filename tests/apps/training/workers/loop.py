@@ -64,4 +64,4 @@ def program(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(program))
+    sys.exit(run_main(program, many_workers=True))

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.apps.training.workers.launchers import BESIDE_PYTHON, Ended, find_openmpi, run
+from tests.apps.training.workers.launchers import BESIDE_PYTHON, Ended, command, find_openmpi, finish, run, start_words
 from tests.apps.training.workers.loop import TIMEOUT
 
+APPS = Path(__file__).resolve().parents[4] / "apps"
 LAUNCHERS = ["mpich", "torchrun", "openmpi"]
 SOON = 15.0
 
@@ -86,6 +87,21 @@ def test_a_bad_setting_is_said_once_before_the_workers_have_met(launcher: str) -
 
 def test_a_bad_setting_of_one_worker_ends_all() -> None:
     assert only_error(run("mpich", "bad-setting-of-one", "1")).endswith("): Unknown setting.")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prepare_data.py", "input=nowhere/*.txt"],
+        ["train_llm.py", "command=compile", "checkpoint.model_name_or_path=nowhere"],
+    ],
+)
+def test_work_of_the_first_worker_alone_fails_without_waiting_for_the_others(words: list[str]) -> None:
+    """The others had ended, and MPI waited for them for ever, at full speed."""
+    program = [*command("mpich", 2), str(APPS / words[0]), *words[1:]]
+    ended = finish(start_words(program, {}))
+    assert ended.code == 2
+    assert "nowhere" in only_error(ended)
 
 
 def test_another_mpi_than_mpiruns_is_told_at_once() -> None:
