@@ -21,9 +21,8 @@ class Accumulation:
         elif self._leaves_pairs:
             self._groups[group] = gradients
         else:
-            self._groups[group] = {
-                name: gradient.to(accumulation_dtype(gradient.dtype)) for name, gradient in gradients.items()
-            }
+            wide = {name: gradient.to(accumulation_dtype(gradient.dtype)) for name, gradient in gradients.items()}
+            self._groups[group] = apart(wide)
 
     def finish(self, group: int, gradients: Gradients) -> Gradients:
         """All of a step's gradients of a group, now that the last microbatch's are there; forgets them."""
@@ -38,6 +37,20 @@ class Accumulation:
     def _add_to(self, sums: Gradients, gradients: Gradients) -> None:
         if gradients:
             torch._foreach_add_(list(sums.values()), list(gradients.values()))
+
+
+def apart(tensors: Gradients) -> Gradients:
+    """The same tensors, to be written to one by one: of those that share memory all but one are copies.
+
+    A region gives one result twice where two are equal, as the gradients of A and B are where A + B is the weight.
+    """
+    found, end = dict(tensors), 0
+    for name, each in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if each.numel() and each.data_ptr() < end:
+            found[name] = each.clone()
+        reach = sum((extent - 1) * step for extent, step in zip(each.shape, each.stride(), strict=True)) + 1
+        end = max(end, each.data_ptr() + reach * each.element_size())
+    return found
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

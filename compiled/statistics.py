@@ -13,10 +13,11 @@ from torch import Tensor
 
 from compiled.reduction import Reducer
 
+# Into new memory: two results of a region that are equal may be one tensor.
 _MERGE: dict[str, Any] = {
-    "min": torch._foreach_minimum_,
-    "max": torch._foreach_maximum_,
-    "mean": torch._foreach_add_,  # divided by their number at the end
+    "min": torch._foreach_minimum,
+    "max": torch._foreach_maximum,
+    "mean": torch._foreach_add,  # divided by their number at the end
 }
 
 
@@ -29,17 +30,16 @@ class Statistics:
         self._counts: dict[str, int] = {}
 
     def add(self, entry: Mapping[str, Any], outputs: Mapping[str, Tensor]) -> None:
-        """Take the new state from the outputs of one run of a schedule entry; they may be written to from here on."""
+        """Take the new state from the outputs of one run of a schedule entry, which stay as they are."""
         for kind, merge in _MERGE.items():
             values = self._values[kind]
             names = [local for local, reduce in entry["reduce"].items() if reduce == kind]
             given = {entry["state"][local]: outputs[f"new_{local}"] for local in names}
             known = [full for full in given if full in values]
-            if known:
-                merge([values[full] for full in known], [given[full] for full in known])
+            merged = merge([values[full] for full in known], [given[full] for full in known]) if known else ()
+            values |= given | dict(zip(known, merged, strict=True))
             for full in given:
                 self._counts[full] = self._counts.get(full, 0) + 1
-                values.setdefault(full, given[full])
 
     def write(self, reducer: Reducer, applied: Tensor | None = None) -> None:
         """Combine with the other workers and write into the buffers. Every worker has to call it at the same point.

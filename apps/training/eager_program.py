@@ -119,7 +119,9 @@ class EagerProgram:
         self.measuring.before_update(gradients)
         if applied is None or applied:
             if max_grad_norm is not None and bounded is not None:
-                torch._foreach_mul_(list(gradients.values()), torch.clamp(max_grad_norm / (bounded + 1e-6), max=1.0))
+                # not in place: equal gradients, of A and B where A + B is the weight, are one tensor
+                factor = torch.clamp(max_grad_norm / (bounded + 1e-6), max=1.0)
+                gradients = dict(zip(gradients, torch._foreach_mul(list(gradients.values()), factor), strict=True))
             self._update(gradients, hyperparameters)
             self._store_state(states)
         else:

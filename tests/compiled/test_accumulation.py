@@ -30,6 +30,26 @@ def test_microbatches_are_summed_in_at_least_float32(dtype: torch.dtype) -> None
         torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_that_lie_in_one_memory_are_summed_each(dtype: torch.dtype) -> None:
+    """The same tensor, another view of it, a part of it; neighbours in one memory stay there."""
+    parts = []
+    for whole in (torch.arange(42, dtype=dtype).view(6, 7), torch.ones(6, 7, dtype=dtype)):
+        rows, more = torch.cat([whole, whole]).split(6)
+        parts.append({"a": whole, "b": whole, "turned": whole.t(), "part": whole[2:4], "rows": rows, "more": more})
+    expected = {name: parts[0][name].float() + 2 * parts[1][name].float() for name in parts[0]}
+    strides = {name: each.stride() for name, each in parts[0].items()}
+    sums = Accumulation()
+    sums.add(0, parts[0])
+    sums.add(0, parts[1])
+    found = sums.finish(0, parts[1])
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
+        assert value.stride() == strides[name]
+    if dtype == torch.float32:
+        assert found["rows"].untyped_storage().data_ptr() == found["more"].untyped_storage().data_ptr()
+
+
 def test_one_microbatch_stays_as_it_is() -> None:
     (only,) = gradients(1)
     assert Accumulation().finish(0, only) is only

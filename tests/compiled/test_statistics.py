@@ -87,3 +87,17 @@ def test_counters_are_exact_far_beyond_float32() -> None:
     statistics.add(ENTRY, outputs(np.array([0, 0])) | {"new_step": torch.tensor(count)})
     statistics.write(Together([]))
     assert buffers["layer.step"].item() == pytest.approx(count, abs=0)
+
+
+@pytest.mark.parametrize("kind", ["min", "max", "mean"])
+def test_two_states_may_come_as_one_tensor(kind: str) -> None:
+    buffers = {"layer.a": torch.zeros(2), "layer.b": torch.zeros(2)}
+    entry = {"state": {"a": "layer.a", "b": "layer.b"}, "reduce": {"a": kind, "b": kind}}
+    statistics = Statistics(buffers)
+    for row in ([1.0, 6.0], [4.0, 5.0], [7.0, 1.0]):
+        new = torch.tensor(row)
+        statistics.add(entry, {"new_a": new, "new_b": new})
+        assert new.tolist() == row
+    statistics.write(OneWorker())
+    expected = {"min": [1.0, 1.0], "max": [7.0, 6.0], "mean": [4.0, 4.0]}[kind]
+    assert buffers["layer.a"].tolist() == buffers["layer.b"].tolist() == expected
