@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends.base import Backend
 from backends.kernels.external import external_calls
 from backends.precision import PrecisionPolicy
 from compiled import lowering
@@ -144,11 +145,11 @@ def _capture_step(
 def _add_stage(
     regions: Regions, name: str, stage: Stage, activations: dict[str, Tensor], sources: Sources
 ) -> tuple[dict[str, Any], Tensor]:
-    """Capture forward, backward and, where a backend keeps state, the evaluating forward; also returns the output."""
+    """Capture forward, backward and, where it may be another one, the evaluating forward; also returns the output."""
     stage.module.train()
     forward, backward = capture_stage(name, stage, activations, sources)
     parts = {"forward": forward, "backward": backward, "evaluate": forward}
-    if stage.state:
+    if stage.state or _has_outside_backend(stage):
         stage.module.eval()
         parts["evaluate"], _ = capture_stage(f"{name}_evaluate", stage, activations, sources)
         stage.module.train()
@@ -162,6 +163,12 @@ def _add_stage(
         entry[role] = twin.spec.name
     output = forward.spec.outputs[0]
     return entry, sources.empty(output.shape, getattr(torch, output.dtype))
+
+
+def _has_outside_backend(stage: Stage) -> bool:
+    """Whether a backend computes here that may look at `training` though it keeps no state; the house's do not."""
+    backends = (getattr(part, "backend", None) for part in stage.module.modules())
+    return any(isinstance(each, Backend) and ":" in each.name for each in backends)
 
 
 def _shared_inputs(model: StagedModel, spec: StepSpec, sources: Sources) -> dict[str, Tensor]:

@@ -37,6 +37,21 @@ def test_layers_routed_differently_get_regions_of_their_own(plan_of: PlanOf) -> 
     assert {"block_0_forward", "block_1_forward", "block_1_evaluate_forward"} <= regions.keys()
 
 
+@pytest.mark.parametrize(
+    ("backend", "evaluate"),
+    [("training_backend:RoundsInTraining", "block_0_evaluate_forward"), ("two_sum_backend:TwoSum", "block_0_forward")],
+)
+def test_a_backend_without_state_is_evaluated_as_it_computes_in_evaluation(
+    plan_of: PlanOf, backend: str, evaluate: str
+) -> None:
+    """It is told whether it trains. Where that makes no difference the forward serves both."""
+    plan = plan_of(f"backend.rules=[{{match: '*.mlp.*', use: 'tests.backends.{backend}'}}]")
+    regions, schedule = traced(plan)
+    assert {block["evaluate"] for block in schedule.blocks} == {evaluate}
+    assert "round" not in regions[evaluate].graph.code
+    assert ("block_0_evaluate_forward" in regions) == (evaluate != "block_0_forward")
+
+
 def test_parts_that_trace_to_one_graph_share_it_though_their_structure_differs(plan_of: PlanOf) -> None:
     plan = plan_of(num_hidden_layers=2)
     plan.model.get_submodule("model.layers.1").note = "a setting that no operator reads"
