@@ -92,11 +92,12 @@ class Publisher:
         self._prune(step)
 
     def _prune(self, step: int) -> None:
-        # A later one can only be damaged (see `require_no_later`): it must not push a good one out.
-        ours = [each for each in checkpoint_folders(self.folder) if (step_of(each) or 0) <= step]
-        complete = [each for each in ours if flaw(each, hashes=False) is None]
-        for folder in complete[self.keep :] if self.keep is not None else ():
-            remove_checkpoint(folder)
+        if self.keep is not None:  # otherwise all that ever were would be looked at behind each
+            # A later one can only be damaged (see `require_no_later`): it must not push a good one out.
+            ours = [each for each in checkpoint_folders(self.folder) if (step_of(each) or 0) <= step]
+            complete = [each for each in ours if flaw(each, hashes=False) is None]
+            for folder in complete[self.keep :]:
+                remove_checkpoint(folder)
         for place in self.folder.glob(f"{BEING_WRITTEN}iter_*"):  # of a step that failed; nobody writes there any more
             if (step_of(Path(place.name.removeprefix(BEING_WRITTEN))) or step) < step:
                 shutil.rmtree(place, ignore_errors=True)

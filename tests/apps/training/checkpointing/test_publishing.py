@@ -25,6 +25,15 @@ def test_the_newest_checkpoints_stay(tmp_path: Path, keep: int | None, left: set
     assert set(names(tmp_path)) == {f"iter_{step}" for step in left}
 
 
+def test_nobody_looks_at_old_checkpoints_that_all_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that saves often would read every manifest, and ask after every file, behind every one of them."""
+    save(tmp_path, 1, 2)
+    looked: list[Path] = []
+    monkeypatch.setattr(publishing, "flaw", lambda folder, hashes: looked.append(folder))
+    save(tmp_path, 3)
+    assert looked == []
+
+
 def test_a_broken_checkpoint_is_not_counted_and_stays_for_its_owner(tmp_path: Path) -> None:
     save(tmp_path, 1, 2, 3)
     (tmp_path / "iter_2" / "state.json").write_text("{}")
