@@ -226,11 +226,23 @@ def _name_crossing(
     for node in [node for node in backward.graph.nodes if node.op == "placeholder"]:
         label = crossing.get(node.name, "grad_output")
         backward_inputs[label] = lowering.node_value(node)
-    # one gradient for each forward input, None where it needs none
-    gradients = {f"grad_{n}": node for n, node in zip(inputs, _output_nodes(backward), strict=True) if node is not None}
+    # one gradient for each forward input, None where it needs none, or where nothing reads it
+    given = dict(zip(inputs, _output_nodes(backward), strict=True))
+    unread = [name for name in inputs if name in parameters and given[name] is None and inputs[name].requires_grad]
+    given |= {name: _zeros(backward, inputs[name]) for name in unread}
+    gradients = {f"grad_{name}": node for name, node in given.items() if node is not None}
     _set_outputs(backward, list(gradients.values()))
     values = {label: lowering.node_value(node) for label, node in gradients.items()}
     return forward_region, _region(f"{name}_backward", backward, backward_inputs, values)
+
+
+def _zeros(graph: GraphModule, like: Tensor) -> Node:
+    """A new node of a graph: zeros like a fake tensor that lies row by row."""
+    with graph.graph.inserting_before(graph.graph.output_node()):
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "pin_memory": False}
+        node = graph.graph.call_function(torch.ops.aten.full.default, (list(like.shape), 0), options)
+    node.meta["val"] = like.detach()
+    return node
 
 
 def _region(

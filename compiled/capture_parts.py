@@ -83,7 +83,7 @@ def capture_head(
             loss, gradient = loss_and_gradient(
                 logits, logits_dtype, named["labels"], named["grad_scale"], terms, taught
             )
-            found = torch.autograd.grad(logits, list(leaves.values()), gradient)
+            found = torch.autograd.grad(logits, list(leaves.values()), gradient, materialize_grads=True)
             gradients = dict(zip(leaves, found, strict=True))
         results = [loss, gradients.pop("hidden_states")]
         results += [new_state[key] if key in new_state else named[key].clone() for key in state_names]

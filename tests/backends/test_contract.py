@@ -178,8 +178,8 @@ def test_attention_is_a_pure_function_of_its_tensors(attention_backend):
 
 def test_a_backend_of_the_house_without_state_computes_the_same_in_training(linear_backend):
     """So that a block of such needs no second graph to be evaluated by (compiled/schedule.py)."""
-    if linear_backend.linear_state(IN, OUT):
-        pytest.skip("it keeps state")
+    if linear_backend.linear_state(IN, OUT) or ":" in linear_backend.name:
+        pytest.skip("it keeps state, or is from outside, where both graphs are compared")
     x, weight, bias = linear_operands(linear_backend, torch.float32)
     both = [linear_backend.linear(x, weight, bias, {}, training=training)[0] for training in (False, True)]
     assert torch.equal(*both)
