@@ -44,7 +44,7 @@ class GenerateSettings:
     )
     top_k: int | None = setting(None, "draw from the k likeliest tokens", at_least=1)
     top_p: float | None = setting(None, "draw from the likeliest tokens of this total probability", above=0, at_most=1)
-    seed: int = setting(42, "seed of the drawing", at_least=0)
+    seed: int = setting(42, "seed of the drawing", at_least=0, at_most=2**64 - 1)
     tokenizer: str | None = setting(None, "folder with the tokenizer; null: the model's")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is a GPU")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting("auto", "auto: the dtype of the stored weights")

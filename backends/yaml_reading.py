@@ -16,6 +16,14 @@ def _loader() -> Any:
     import yaml  # where it is needed: --help reads none, and has to be quick
 
     class Loader(yaml.SafeLoader):
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, KeyError, AttributeError) as error:  # 2024-13-45 looks like a date and is none
+                kind, given = node.tag.rpartition(":")[2], str(node.value)[:40]
+                problem = f"'{given}' is no {kind} ({error}); a text that looks like one has to be quoted"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):

@@ -50,7 +50,7 @@ class CompressSettings:
     batch_size: int = setting(8, "rows of a batch", at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting("auto", "auto: the dtype of the model's weights")
     evaluate: bool = setting(True, "take the perplexity of the dev split before and after")
-    seed: int = setting(42, "seed of the order of the rows", at_least=0)
+    seed: int = setting(42, "seed of the order of the rows", at_least=0, at_most=2**64 - 1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is a GPU")
     worker_timeout: float = setting(1800.0, "seconds without progress of a worker that end the job", above=0)
     progress: Literal["auto", "on", "off"] = setting("auto", "live progress line; auto: on a terminal")

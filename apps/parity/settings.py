@@ -38,7 +38,7 @@ class CompareSettings:
     num_batches: int = setting(4, "train batches, after those, that the layers' errors are taken over", at_least=1)
     eval_batches: int | None = setting(None, "dev batches for logits and perplexity; null: all", at_least=1)
     timing_rounds: int = setting(5, "times each backend is timed, in turns; the median counts", at_least=1)
-    seed: int = setting(42, "seed of the random weights and of the order of the rows", at_least=0)
+    seed: int = setting(42, "seed of the random weights and of the order of the rows", at_least=0, at_most=2**64 - 1)
     output_dir: str = setting("outputs/parity", "where parity.csv, parity.png and parity.html go")
     overwrite: bool = setting(False, "replace a report found in output_dir")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda where there is a GPU")

@@ -92,7 +92,8 @@ class Key:
     def expected(self) -> str:
         """Type and range: `int, at least 1`."""
         bounds = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
-        parts = [self.type_name, *(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)]
+        texts = {word: f"{limit:g}" if isinstance(limit, float) else limit for word, limit in bounds.items()}
+        parts = [self.type_name, *(f"{word} {limit}" for word, limit in texts.items() if limit is not None)]
         return ", ".join(parts) + (" or null" if self.optional else "")
 
 

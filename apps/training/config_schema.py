@@ -85,7 +85,7 @@ class TrainingConfig:
     max_steps: int | None = setting(None, "stop after this many steps; null: after num_epochs", at_least=1)
     token_budget: str | None = setting(None, "stop after so many tokens: 1e9, or 22*N/100 of N parameters")
     num_epochs: int = setting(1, "passes over the rows; more or fewer by max_steps, token_budget", at_least=1)
-    seed: int = setting(42, "seed of the random weights and of the order of the rows", at_least=0)
+    seed: int = setting(42, "seed of the random weights and of the order of the rows", at_least=0, at_most=2**64 - 1)
     output_dir: str = setting("outputs/runs/default", "where checkpoint, metrics and report go")
     overwrite_output_dir: bool = setting(False, "replace another run found in output_dir")
     evaluate: bool = setting(True, "evaluate on the dev split at the end")

@@ -37,7 +37,7 @@ def _checked_by_omegaconf(key: Key, item: Assignment, value: Any) -> Any:
     try:
         OmegaConf.update(box, "value", value)
         converted = OmegaConf.to_container(box)["value"]  # type: ignore[index,call-overload]
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, OverflowError):  # of a whole number where a float is asked for
         raise _wrong_value(key, item) from None
     if isinstance(converted, str) and key.plain_type is not str:  # "${x}": a reference, which settings do not have
         raise _wrong_value(key, item)
@@ -58,7 +58,7 @@ def _read_text(key: Key, text: str) -> Any:
 
 def _in_range(value: float, key: Key) -> bool:
     return (
-        math.isfinite(value)
+        abs(value) < (2**64 if isinstance(value, int) else math.inf)  # a whole number fits 64 bits
         and (key.above is None or value > key.above)
         and (key.at_least is None or value >= key.at_least)
         and (key.below is None or value < key.below)

@@ -101,7 +101,7 @@ def make_parents(folder: Path, made: list[Path]) -> None:
 
 def _refuse_filled(folder: Path, ours: Path | None = None) -> None:
     if folder.is_dir() and any(entry != ours for entry in folder.iterdir()):
-        raise UserError(f"The folder '{folder}' is not empty. Name another folder, or allow overwriting it.")
+        raise UserError(f"The folder '{folder}' is not empty. Name another folder.")
 
 
 @contextmanager

@@ -129,7 +129,7 @@ def test_extracting_over_a_folder_that_holds_something_is_refused(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    assert "is not empty" in refused(capsys, str(artifact), f"extract_dir={tmp_path}")
+    assert "is not empty. Name another folder." in refused(capsys, str(artifact), f"extract_dir={tmp_path}")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 

@@ -1,6 +1,7 @@
 """YAML as people write settings."""
 
 import math
+import re
 
 import pytest
 
@@ -26,3 +27,22 @@ def test_a_key_given_twice_is_a_mistake_at_its_place() -> None:
 def test_no_tag_builds_an_object() -> None:
     with pytest.raises(UserError, match="could not determine a constructor"):
         parse_yaml("!!python/object/apply:os.getcwd []", "FILE")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "a: [2024-13-45]",
+            "Cannot read FILE at line 1, column 5: '2024-13-45' is no timestamp (month must be in 1..12)",
+        ),
+        ("a: !!int x", "'x' is no int"),
+        ("a: !!bool x", "'x' is no bool"),
+        ("a: !!timestamp x", "'x' is no timestamp"),
+        ("a: " + "1" * 5000, "'" + "1" * 40 + "' is no int"),
+    ],
+)
+def test_a_value_that_only_looks_like_one_is_a_mistake_at_its_place(text: str, problem: str) -> None:
+    with pytest.raises(UserError, match=re.escape(problem)) as raised:
+        parse_yaml(text, "FILE")
+    assert "a text that looks like one has to be quoted" in str(raised.value)

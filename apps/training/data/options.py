@@ -35,7 +35,7 @@ class PrepareOptions:
     packing: Packing = setting("full", "full: articles split over rows; greedy: whole articles; single: one a row")
     overflow: Overflow = setting("drop", "what greedy and single do with an article longer than a row")
     shuffle: bool = setting(True, "shuffle the articles before packing; rows are reshuffled each epoch anyway")
-    seed: int = setting(42, "seed of the split and the shuffle", at_least=0)
+    seed: int = setting(42, "seed of the split and the shuffle", at_least=0, at_most=2**64 - 1)
     dev_ratio: float = setting(
         0.05, "share of the text held out for evaluation, in whole articles", at_least=0, below=1
     )

@@ -83,6 +83,21 @@ def test_a_wrong_value_shows_what_was_given_and_expected(given: str, expected: s
     assert message(given).startswith(f"Wrong value {given}. Expected {expected}")
 
 
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("training.seed", "int, at least 0, at most 18446744073709551615"),
+        ("training.max_steps", "int, at least 1 or null"),
+        ("optimizer.lr", "float, above 0"),
+    ],
+)
+def test_a_number_that_no_machine_counts_to_is_a_wrong_value(key: str, expected: str) -> None:
+    """A seed above 64 bits trained to the end, and then failed in the report's sample."""
+    for number in (2**64, 10**400) if key == "training.seed" else (10**400,):
+        assert message(f"{key}={number}") == f"Wrong value {key}={number}. Expected {expected}."
+    assert parse(["command=run", f"training.seed={2**64 - 1}"]).training.seed == 2**64 - 1
+
+
 @pytest.mark.parametrize("given", ["optimizer.lr=0", "optimizer.lr=-1", "optimizer.lr=nan", "optimizer.beta1=1"])
 def test_a_plugin_checks_its_own_ranges(given: str) -> None:
     assert given.partition("=")[0] in message(given)
