@@ -75,3 +75,14 @@ def test_the_backend_passes_the_contract_by_the_command_on_the_page(lab, monkeyp
     monkeypatch.setenv(name, value)
     printed = run([sys.executable, *arguments, "-p", "no:cacheprovider"], cwd=ROOT)
     assert re.search(r"\d\d passed", printed)
+
+
+def test_the_readmes_backend_passes_it_too(tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(# rounded\.py\n.*?)```", readme, re.DOTALL)
+    (tmp_path / "rounded.py").write_text(source, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("SUBSTRATE_BACKENDS", "rounded:Rounded")
+    tests = [f"tests/backends/test_contract{part}.py" for part in ("", "_capture")]
+    printed = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=ROOT)
+    assert re.search(r"\d\d passed", printed)

@@ -9,9 +9,9 @@ from backends.base import Backend, State
 
 
 class RoundsInTraining(Backend):
-    """y = x round(W)ᵀ in training, with the gradient straight through, and y = x Wᵀ in evaluation."""
+    """y = x round(W)ᵀ in training, with dW straight through, and y = x Wᵀ in evaluation."""
 
-    gradient = "straight-through"
+    gradient = "rounded"
 
     def linear(
         self, x: Tensor, weight: Any, bias: Tensor | None, state: State, *, training: bool = False
