@@ -125,8 +125,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         kind = config.get("peft_type")
     except (OSError, ValueError, AttributeError) as error:
+        inside = f" Did you mean '{folder / 'adapter'}'?" if (folder / "adapter" / CONFIG).is_file() else ""
         raise UserError(
-            f"Cannot read '{folder / CONFIG}' ({type(error).__name__}). Expected an adapter folder in PEFT's format."
+            f"Cannot read '{folder / CONFIG}' ({type(error).__name__}). "
+            f"Expected an adapter folder in PEFT's format.{inside}"
         ) from error
     if kind != "LORA":
         raise UserError(f"The adapter '{folder}' is of peft_type {kind}. Expected LORA.")

@@ -37,6 +37,14 @@ def load_config(
     return ConfigurationTransformer().transform(config, **zoo_arguments)
 
 
+def _adapter_hint(folder: Path) -> str:
+    """What to do with the adapter that lies where a model was looked for; empty when none does."""
+    for place in (folder, folder / "adapter"):  # a run with lora.merge=false leaves the second alone
+        if (place / "adapter_config.json").is_file():
+            return f" '{place}' is a LoRA adapter: apps/merge_lora.py makes a model of it and its base."
+    return ""
+
+
 def _config_file(config_name: str | Path | None, model_name_or_path: str | Path | None) -> Path:
     if config_name is not None and str(config_name) in named_configs():
         return CONFIG_FOLDER / f"{config_name}.json"
@@ -44,7 +52,9 @@ def _config_file(config_name: str | Path | None, model_name_or_path: str | Path 
     folder = Path(str(given)).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"The folder '{given}' has no config.json. Expected a Hugging Face model folder.")
+            raise UserError(
+                f"The folder '{given}' has no config.json. Expected a Hugging Face model folder.{_adapter_hint(folder)}"
+            )
         return folder / "config.json"
     if config_name is not None:
         raise UserError(

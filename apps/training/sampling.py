@@ -25,7 +25,9 @@ def sample_text(
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
-    room = model.config.max_position_embeddings - NEW_TOKENS
+    positions = model.config.max_position_embeddings
+    new_tokens = max(min(NEW_TOKENS, positions // 2), 1)  # a short context is not left
+    room = positions - new_tokens
     ids = _beginning(rows) if prompt is None else tokenizer(prompt, return_tensors="pt")["input_ids"]
     ids = ids[:, -max(room, 1) :].long()
     if ids.shape[1] == 0:
@@ -41,7 +43,7 @@ def sample_text(
             output = model.generate(
                 ids.to(device),
                 attention_mask=torch.ones_like(ids, device=device),
-                max_new_tokens=NEW_TOKENS,
+                max_new_tokens=new_tokens,
                 do_sample=True,
                 temperature=0.8,
                 top_k=50,

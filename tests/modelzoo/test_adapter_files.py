@@ -137,8 +137,12 @@ def test_what_is_not_computed_here_is_refused_in_one_line(
 def test_missing_and_damaged_files_are_named(written: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="There is no adapter folder"):
         open_adapter(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"Cannot read '.*adapter_config\.json'"):
+    with pytest.raises(UserError, match=r"Cannot read '.*adapter_config\.json'.*PEFT's format\.$"):
         open_adapter(tmp_path)
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    changed(written, tmp_path / "run" / "adapter")
+    with pytest.raises(UserError, match=rf"Did you mean '{tmp_path}/run/adapter'\?"):
+        open_adapter(tmp_path / "run")
     changed(written, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     first = next(name for name in tensors if "lora_B" in name)

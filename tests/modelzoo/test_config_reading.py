@@ -63,8 +63,16 @@ def test_a_missing_folder_is_named() -> None:
 
 
 def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json.*folder\.$"):
         load_config(config_name=tmp_path)
+
+
+def test_an_adapter_without_its_base_is_told_what_makes_a_model_of_it(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for given in (tmp_path, tmp_path / "adapter"):
+        with pytest.raises(UserError, match=r"/adapter' is a LoRA adapter: apps/merge_lora\.py"):
+            load_config(model_name_or_path=given)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Any
 from backends.errors import UserError
 
 MANIFEST, STATE, METRICS = "manifest.json", "state.json", "metrics.csv"
+FOLDER = "checkpoints"  # in a run's output folder, unless it says another
 FORMAT = 1
 _NAME = re.compile(r"iter_(\d+)$")
 
@@ -50,7 +51,10 @@ def complete_checkpoint(path: Path) -> Path:
     found = newest_complete(path)
     if found is None:
         there = "holds no complete checkpoint (iter_STEP)" if path.is_dir() else "is not there"
-        raise UserError(f"checkpoint.load_path={path} {there}. Expected a folder written with checkpoint.save=true.")
+        inside = f" Did you mean {path / FOLDER}?" if checkpoint_folders(path / FOLDER) else ""
+        raise UserError(
+            f"checkpoint.load_path={path} {there}. Expected a folder written with checkpoint.save=true.{inside}"
+        )
     return found
 
 

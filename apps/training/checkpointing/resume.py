@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.training.checkpointing.manifest import (
+    FOLDER,
     MANIFEST,
     STATE,
     checkpoint_folders,
@@ -70,7 +71,7 @@ NEVER_OTHERS = ("model", "optimizer", "precision", "lora")
 def save_folder(config: TrainConfig) -> Path:
     """Where a run's checkpoints lie."""
     given = config.checkpoint.save_path
-    return Path(config.training.output_dir, "checkpoints") if given is None else Path(given)
+    return Path(config.training.output_dir, FOLDER) if given is None else Path(given)
 
 
 def resumed_settings(argv: Sequence[str], config: TrainConfig) -> tuple[TrainConfig, Path | None]:

@@ -54,3 +54,21 @@ def test_a_models_own_ways_to_generate_are_not_the_reports(tiny_model: Path, dat
     own = model.generation_config.to_dict()
     assert sample_text(model, dataset.tokenizer_folder, **arguments) == plain
     assert model.generation_config.to_dict() == own
+
+
+def test_a_sample_stays_within_the_positions_of_the_model(
+    tiny_model: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = modelzoo.build_model(modelzoo.load_config(config_name=tiny_model))
+    model.config.max_position_embeddings = 48
+    generate, lengths = model.generate, []
+
+    def seen(ids: torch.Tensor, **given: object) -> torch.Tensor:
+        lengths.append((ids.shape[1], given["max_new_tokens"]))
+        return generate(ids, **given)
+
+    monkeypatch.setattr(model, "generate", seen)
+    for prompt in ("the quick", "the fox jumps over the dog " * 200):
+        assert sample_text(model, dataset.tokenizer_folder, prompt=prompt, rows=dataset.train, seed=1)
+    assert [new for _, new in lengths] == [24, 24]
+    assert lengths[0][0] < lengths[1][0] == 24

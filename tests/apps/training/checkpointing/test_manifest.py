@@ -96,8 +96,14 @@ def test_a_folder_without_checkpoints_is_an_error_only_where_one_was_asked_for(t
         (folder / "iter_x").mkdir()
     assert newest(folder) is None
     there = "holds no complete checkpoint" if made else "is not there"
-    with pytest.raises(UserError, match=rf"checkpoint.load_path={folder} {there}"):
+    with pytest.raises(UserError, match=rf"checkpoint.load_path={folder} {there}.*save=true\.$"):
         open_checkpoint(folder)
+
+
+def test_a_runs_folder_is_told_where_its_checkpoints_lie(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "iter_2").mkdir(parents=True)
+    with pytest.raises(UserError, match=rf"Did you mean {tmp_path}/checkpoints\?"):
+        open_checkpoint(tmp_path)
 
 
 def test_another_format_is_not_guessed_at(two: Path, tmp_path: Path) -> None:
