@@ -88,6 +88,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
     _kernels()[1][(batch * length, -(-heads // tile))](
         x, cos, sin, turned, heads, length, *x.stride()[:3], *turned.stride()[:3], of_row, cos.stride(-2),
         half, 1 << (half - 1).bit_length(), tile,
+        enable_fp_fusion=False,  # else a product in 16 bits and its sum are one operation, rounded once
     )  # fmt: skip
     return turned
 

@@ -30,7 +30,7 @@ def interpreted(program: str) -> list[Any]:
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def hopper_code(kernel: Any, constants: dict[str, Any], kinds: dict[str, str], warps: int) -> str:
+def hopper_code(kernel: Any, constants: dict[str, Any], kinds: dict[str, str], warps: int, **options: Any) -> str:
     """PTX of a Triton kernel for a GPU that need not be there; arguments without a kind are float32 tensors."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -40,5 +40,5 @@ def hopper_code(kernel: Any, constants: dict[str, Any], kinds: dict[str, str], w
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name not in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
     return str(code.asm["ptx"])

@@ -44,7 +44,11 @@ def test_the_kernels_compile_for_hopper():
     assert "st.global.v4" in ptx
     names = [parameter.name for parameter in turn.params]
     sizes = {name: "i32" for name in names if name not in halves and not name.isupper()}
-    assert "st.global.v" in hopper_code(turn, {"HALF": 32, "PAIRS": 32, "HEADS": 32}, halves | sizes, 4)
+    constants = {"HALF": 32, "PAIRS": 32, "HEADS": 32}
+    assert "fma.rn.bf16" in hopper_code(turn, constants, halves | sizes, 4)
+    ptx = hopper_code(turn, constants, halves | sizes, 4, enable_fp_fusion=False)
+    assert "st.global.v" in ptx
+    assert "fma" not in ptx  # each product is rounded, as plain operators round it
     gated = {"gate": "*bf16", "up": "*bf16", "gated": "*bf16", "count": "i32"}
     assert "ld.global.v4" in hopper_code(gate, {"BLOCK": inference.BLOCK}, gated, 4)
 
