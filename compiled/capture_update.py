@@ -118,8 +118,9 @@ class UpdateCapture:
             named = dict(zip(inputs, flat, strict=True))
             for rule, members in self.members.values():
                 updated = rule.update_group(*self._given(named, rule, members))
+                apart = {each: _apart(*updated[each], flat) for each in members}
                 for each in members:
-                    self._store(named, each, *updated[each])
+                    self._store(named, each, *apart[each])
             return (named["grad_coef"] + 0,)
 
         return capture_function(name, update, inputs, ["done"], self.mutated)
@@ -189,3 +190,16 @@ class UpdateCapture:
             row = list(self.parameters).index(name)
             parameter = round_to_bfloat16(parameter, key_of(named["hyperparameters"][row, self.columns - COLUMNS :]))
         named[name].copy_(parameter)
+
+
+def _apart(
+    parameter: Tensor, state: Mapping[str, Tensor], inputs: Iterable[Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same values in memory of their own: a rule may hand on what it was given, which is about to be written to."""
+    taken = {each.untyped_storage()._cdata for each in inputs}
+
+    def own(value: Tensor) -> Tensor:
+        # not a clone: Inductor drops it, and reads the original when that has been written to
+        return torch.where(torch.isnan(value), value, value) if value.untyped_storage()._cdata in taken else value
+
+    return own(parameter), {key: own(value) for key, value in state.items()}

@@ -127,11 +127,11 @@ class PureUpdates:
                 {name: self.state[name] for name in names},
                 dict.fromkeys(names, hyper | totals.get(group.rule.key, {})),
             )
-            for name in names:
-                weight, state = updated[name]
-                self.weights[name].copy_(weight)
-                for key, value in state.items():
-                    self.state[name][key].copy_(value)
+            pairs = [(self.weights[name], weight) for name, (weight, _) in updated.items()]
+            pairs += [(self.state[name][key], each) for name, (_, new) in updated.items() for key, each in new.items()]
+            # copies first: a rule may hand on what it was given, which is about to be written to
+            for target, value in [(target, value.clone()) for target, value in pairs]:
+                target.copy_(value)
 
     def skip(self) -> None:
         pass  # the steps are counted in the numbers
