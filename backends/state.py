@@ -89,8 +89,10 @@ class Stateful(nn.Module):
             y, new_state = compute(state)
             if self.training:
                 for name, value in self._returned(new_state).items():
-                    # A region's output must not be one of its inputs, so state handed on unchanged is copied.
-                    _collectors[-1][self, name] = value.clone() if value is state[name] else value.detach()
+                    # A region's output must not be one of its inputs, and buffers are written one after another: state
+                    # handed on, under its own name or another one, is copied.
+                    is_given = any(value is each for each in state.values())
+                    _collectors[-1][self, name] = value.clone() if is_given else value.detach()
             return y
         if not self.training:
             self._require_calibrated()

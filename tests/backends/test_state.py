@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import io
 
@@ -7,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from backends import collect_state, route
-from backends.base import StateSpec
+from backends.base import Backend, StateSpec
 from backends.errors import UserError
 from backends.layers import BackendLinear
 from backends.state import require_calibrated, reset_state, set_first_row
@@ -242,3 +243,28 @@ def test_a_backend_that_forgets_its_new_state_is_noticed(delayed, monkeypatch):
     monkeypatch.setattr(DelayedBackend, "linear", lambda self, x, w, b, state, training: (x, {"step": state["step"]}))
     with pytest.raises(AssertionError, match=r"did not return its new state \['least', 'most', 'mean'\]"):
         delayed(torch.ones(2, 4))
+
+
+class Remembering(Backend):
+    """A plain product that knows the largest inputs of the last two steps."""
+
+    def linear_state(self, in_features, out_features):
+        return {name: StateSpec((), reduce="max") for name in ("last", "before")}
+
+    def linear(self, x, weight, bias, state, *, training=False):
+        new = {"last": x.detach().amax().to(torch.float32), "before": state["last"]}
+        return torch.nn.functional.linear(x, weight, bias), new
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_state_may_be_handed_on_under_another_name(collects):
+    layer = BackendLinear(3, 3)
+    layer.set_backend(Remembering())
+    seen = []
+    for size in (1.0, 2.0, 3.0):
+        with collect_state() if collects else contextlib.nullcontext() as collected:
+            layer(torch.full((2, 3), size))
+        if collected is not None:
+            collected.commit()
+        seen.append((layer.last.item(), layer.before.item()))
+    assert seen == [(1.0, 0.0), (2.0, 1.0), (3.0, 2.0)]
