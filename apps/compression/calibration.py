@@ -33,6 +33,7 @@ def find_data(settings: CompressSettings, vocab_size: int, workers: Workers) -> 
         vocab_size=vocab_size,
         batch_size=settings.batch_size * workers.world_size,
         evaluate=settings.evaluate,
+        length_setting="max_seq_length",
     )
 
 

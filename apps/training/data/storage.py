@@ -68,11 +68,13 @@ def open_dataset(
     vocab_size: int | None = None,
     batch_size: int = 1,
     evaluate: bool = False,
+    length_setting: str = "model.max_seq_length",
 ) -> Dataset:
     """Open the dataset in `folder` for a model, reading headers only.
 
     vocab_size: the model's. batch_size: the rows of one optimizer step, over all microbatches and workers.
-    evaluate: whether dev rows are needed. Raises UserError when something is missing, damaged or does not fit.
+    evaluate: whether dev rows are needed. length_setting: what the program calls the length. Raises UserError when
+    something is missing, damaged or does not fit.
     """
     folder = Path(folder)
     train_files = _find(folder, "train")
@@ -81,7 +83,7 @@ def open_dataset(
     if length != max_seq_length:
         raise UserError(
             f"This dataset (seq len {length}) is not compatible with this model (seq len {max_seq_length}). "
-            f"Set model.max_seq_length={length}, or prepare '{folder}' again with max_seq_length={max_seq_length}."
+            f"Set {length_setting}={length}, or prepare '{folder}' again with max_seq_length={max_seq_length}."
         )
     if vocab_size is not None and dataset_vocab is not None and dataset_vocab > vocab_size:
         raise UserError(
