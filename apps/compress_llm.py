@@ -60,12 +60,13 @@ def program(argv: Sequence[str]) -> None:
 def compress(settings: CompressSettings, output: Path, workers: Workers, device: torch.device) -> None:
     """Load, take the perplexity, compress, take it again, save."""
     import modelzoo
-    from apps.compression.calibration import calibration_batches, find_data, perplexity
+    from apps.compression.calibration import calibration_batches, find_data, perplexity, require_positions
     from apps.compression.learning import Learning
     from apps.compression.report import CSV, PICTURE, layer_table, summary, write_csv, write_picture
     from modelzoo.compression import compress_model
 
     config = modelzoo.load_config(model_name_or_path=settings.checkpoint.model_name_or_path)
+    require_positions(settings, config)
     dataset = find_data(settings, config.vocab_size, workers)  # a mistake in it is answered before weights are loaded
     model = load(settings, device)
     batches = calibration_batches(dataset, settings, workers, device)

@@ -17,7 +17,18 @@ from apps.training.data.storage import Dataset, open_dataset
 from apps.training.loss import make_batch, microbatches
 from apps.training.progress import Progress
 from apps.training.workers.group import Workers
+from backends.errors import UserError
 from backends.precision import as_torch, at_least_float32
+
+
+def require_positions(settings: CompressSettings, config: Any) -> None:
+    """UserError when rows are longer than the model was made for: moments behind its last position mean nothing."""
+    positions = config.max_position_embeddings
+    if settings.max_seq_length > positions and config.rope_parameters["rope_type"] != "dynamic":
+        raise UserError(
+            f"Rows of {settings.max_seq_length} tokens are longer than the {positions} positions of this model "
+            f"(max_position_embeddings). Use max_seq_length={positions} or less."
+        )
 
 
 def find_data(settings: CompressSettings, vocab_size: int, workers: Workers) -> Dataset:

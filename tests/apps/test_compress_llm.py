@@ -228,6 +228,7 @@ def test_the_watch_hears_of_each_batch_and_of_each_sum(
         ({"compress.method": "svdllm"}, "svd_llm"),
         ({"checkpoint.model_name_or_path": "/nowhere"}, "no folder '/nowhere'"),
         ({"max_seq_length": 64}, "not compatible with this model (seq len 64). Set max_seq_length=32, or prepare"),
+        ({"max_seq_length": 512}, "the 256 positions of this model (max_position_embeddings). Use max_seq_length=256"),
         ({"compress.method": "mimic_gd"}, "Add compress.inputs=dense"),
         ({"compress.targets": "dens"}, "Did you mean 'dense'"),
         ({"compress.targets": "dense", "compress.method": "svd_llm"}, "got compress.method=svd_llm. Choose mimic"),
