@@ -103,6 +103,7 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
             match=chosen.match,
             inputs=chosen.inputs,
             targets=chosen.targets,
+            weighting=chosen.weighting,
             learned=learning,
             sum_=sum_,
             on_layer=on_layer,

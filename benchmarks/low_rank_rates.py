@@ -39,13 +39,13 @@ OWN = {
     "tune": "100",
     "tune_lrs": "3e-5,1e-4,3e-4",
     "keeps": "0.8,0.6,0.4",
-    "methods": "svd,asvd,svd_llm,mimic,mimic_dense",
+    "methods": "svd,asvd,svd_llm,mimic,mimic_dense,mimic_gradient",
     "allocations": "uniform,spectrum",
     "seeds": "7,8,9",
     "processes": "1",
     "part": "",  # 0/6: the first of six processes
 }
-KNOWN = ("svd", "asvd", "svd_llm", "mimic", "mimic_dense")  # the last: mimic with compress.targets=dense
+KNOWN = ("svd", "asvd", "svd_llm", "mimic", "mimic_dense", "mimic_gradient")  # the last two: low_rank_training.VARIANTS
 Case = tuple[str, str, str]  # method, allocation, keep
 
 

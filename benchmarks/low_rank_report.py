@@ -12,6 +12,7 @@ COLOURS = {
     "svd_llm": "#7b4fa3",
     "mimic": "#d1495b",
     "mimic_dense": "#2a9d4a",
+    "mimic_gradient": "#134e3a",
     "dense": "#6b7280",
 }
 DENSE = ("dense", "", "")

@@ -6,6 +6,7 @@ import copy
 import math
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,11 @@ from apps.training.data.storage import Dataset, open_dataset
 from apps.training.loss import make_batch
 from backends.errors import UserError
 from modelzoo.compression import compress_model
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mimic_dense": {"method": "mimic", "targets": "dense"},
+    "mimic_gradient": {"method": "mimic", "targets": "dense", "weighting": "gradient"},
+}
 
 
 def open_both(own: dict[str, str]) -> tuple[nn.Module, Dataset]:
@@ -44,10 +50,11 @@ def calibration_of(dense: nn.Module, dataset: Dataset, own: dict[str, str]) -> l
 def compressed(
     dense: nn.Module, calibration: list[dict[str, object]], method: str, keep: float, allocation: str = "uniform"
 ) -> nn.Module:
-    """A compressed copy. A method that ends in `_dense` aims at what the dense model gives: compress.targets=dense."""
-    model, targets = copy.deepcopy(dense), "dense" if method.endswith("_dense") else "own"
-    method = method.removesuffix("_dense")
-    compress_model(model, calibration, method=method, keep=keep, targets=targets, allocation=allocation)
+    """A compressed copy. mimic_dense is mimic with compress.targets=dense, mimic_gradient that with
+    compress.weighting=gradient.
+    """
+    model, choices = copy.deepcopy(dense), VARIANTS.get(method, {})
+    compress_model(model, calibration, keep=keep, allocation=allocation, **{"method": method} | choices)
     return model
 
 

@@ -31,6 +31,9 @@ class CompressionSettings:
     targets: Literal["own", "dense"] = setting(
         "own", "of mimic, what a layer is to give: what its weights give of its own inputs, or of the dense model's"
     )
+    weighting: Literal["equal", "gradient"] = setting(
+        "equal", "of mimic, what an output's error counts: all alike, or by the loss's gradients there"
+    )
     epochs: int = setting(1, "of mimic_gd: passes over the calibration data", at_least=1)
     lr: float = setting(8.6e-5, "of mimic_gd: AdamW's learning rate", above=0)
     max_grad_norm: float = setting(2.0, "of mimic_gd: a layer's gradients are clipped to this norm", above=0)
@@ -71,6 +74,11 @@ class CompressSettings:
             _check_nothing_beside_ranks(self.compress)
         if self.compress.targets == "dense":
             _check_dense_targets(self.compress)
+        if self.compress.weighting == "gradient" and self.compress.method != "mimic":
+            raise UserError(
+                f"compress.weighting=gradient is of compress.method=mimic, got compress.method={self.compress.method}. "
+                "Choose mimic, or leave compress.weighting out."
+            )
         if self.compress.method == "mimic_gd" and self.compress.inputs == "compressed":
             raise UserError(
                 "compress.method=mimic_gd learns beside the dense model, got compress.inputs=compressed. "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,21 +15,19 @@ from backends.layers import BackendLinear, unfuse
 from modelzoo.compression.allocation import (
     LayerShape,
     Ranks,
-    given_ranks,
-    require_keep,
-    spectrum_ranks,
-    uniform_ranks,
 )
 from modelzoo.compression.block_calls import Batch
-from modelzoo.compression.choosing import chosen_layers, ranks_by_layer
-from modelzoo.compression.consequences import spectra_and_costs
+from modelzoo.compression.budget import choose_ranks
+from modelzoo.compression.choosing import chosen_layers
 from modelzoo.compression.methods import METHODS, Factors, compress, measured_error
-from modelzoo.compression.moments import Moments
+from modelzoo.compression.moments import Moments, TargetMoments
 from modelzoo.compression.regression import error_towards_targets, regress, variance_of_targets
-from modelzoo.compression.staged import DenseBeside, Sum, sum_moments
+from modelzoo.compression.sensitivity import Sensitivity, sensitivities
+from modelzoo.compression.staged import DenseBeside, Sum, add_up
 from modelzoo.compression.streaming import BlockInputs, linears_of, moments_of
 
 ALLOCATIONS, INPUTS, TARGETS = ("uniform", "spectrum"), ("compressed", "dense"), ("own", "dense")
+WEIGHTINGS = ("equal", "gradient")
 # layers and their ranks, by name → factors of each
 Learned = Callable[[Mapping[str, nn.Linear], Mapping[str, int]], dict[str, Factors]]
 
@@ -68,31 +66,36 @@ def compress_model(
     match: str | Sequence[str] | None = None,
     inputs: Literal["compressed", "dense"] = "compressed",
     targets: Literal["own", "dense"] = "own",
+    weighting: Literal["equal", "gradient"] = "equal",
     learned: Learned | None = None,
     sum_: Sum = lambda tensor: tensor,
     on_layer: Callable[[LayerReport], None] = lambda report: None,
 ) -> list[LayerReport]:
     """Compress the linear layers of the model's blocks in place; a report of each, in the model's order.
 
-    `batches`: what the model is called with, at least one; read once, or twice for `allocation="spectrum"`. `ranks`
-    gives ranks by layer name, its end (`q_proj`) or a glob; else `keep` is the share of the numbers to stay. `match`:
-    which layers, None: all of the blocks. One row of blocks is compressed, the longest with layers that are named.
-    `inputs`: whether a block's moments are those behind its compressed predecessors or behind the dense ones. `learned`
-    makes all factors beforehand, in place of `method`. `sum_` adds up a tensor over the workers of a job, each with
-    batches of its own. Plain nn.Linear layers become `BackendLinear` with the backend lowrank. A UserError before the
-    first block is replaced leaves the model as it was.
+    `batches`: what the model is called with, at least one; read once, once more for `allocation="spectrum"`, and once
+    more for `weighting="gradient"`. `ranks` gives ranks by layer name, its end (`q_proj`) or a glob; else `keep` is the
+    share of the numbers to stay. `match`: which layers, None: all of the blocks. One row of blocks is compressed, the
+    longest with layers that are named. `inputs`: whether a block's moments are those behind its compressed predecessors
+    or behind the dense ones. `weighting`: of mimic, whether errors of all outputs count alike or by the loss's
+    gradients there; the batches then need a loss (`sensitivity.summed_loss`). `learned` makes all factors beforehand,
+    in place of `method`. `sum_` adds up a tensor over the workers of a job, each with batches of its own. Plain
+    nn.Linear layers become `BackendLinear` with the backend lowrank. A UserError before the first block is replaced
+    leaves the model as it was.
     """
     if method not in METHODS:
         raise unknown("method", method, tuple(METHODS))
     _require_choices(allocation, inputs, ranks, match)
     _require_targets(targets, method if learned is None else "learned", inputs)
+    _require_weighting(weighting, method if learned is None else "learned")
     blocks, layers = chosen_layers(model, tuple(ranks) if ranks is not None else match)
     shapes = {name: LayerShape(layer.in_features, layer.out_features) for name, layer in layers.items()}
     unfuse(model)
     was_training = model.training
     model.eval()
     try:
-        chosen = _choose(model, blocks, shapes, batches, keep, ranks, allocation, sum_)
+        minded = sensitivities(model, blocks, layers, batches, sum_) if weighting == "gradient" else {}
+        chosen = choose_ranks(model, blocks, shapes, batches, keep, ranks, allocation, minded, sum_)
         wanted = {name: rank for name, rank in chosen.items() if rank is not None}
         ready = learned(layers, wanted) if learned is not None and wanted else {}
         stream = BlockInputs(model, blocks, batches)
@@ -102,9 +105,9 @@ def compress_model(
         for path, block in blocks.items():
             mine = linears_of(block, path, tuple(shapes))
             if beside is not None:
-                block_reports = _towards_dense(path, block, mine, chosen, beside, sum_)
+                block_reports = _towards_dense(path, block, mine, chosen, beside, minded, sum_)
             else:
-                block_reports = _towards_own(path, block, mine, chosen, stream, method, inputs, ready, sum_)
+                block_reports = _towards_own(path, block, mine, chosen, stream, method, inputs, ready, minded, sum_)
             for report in block_reports:
                 reports.append(report)
                 on_layer(report)
@@ -136,6 +139,15 @@ def _require_targets(targets: str, method: str, inputs: str) -> None:
         )
 
 
+def _require_weighting(weighting: str, method: str) -> None:
+    if weighting not in WEIGHTINGS:
+        raise unknown("weighting", weighting, WEIGHTINGS)
+    if weighting == "gradient" and method != "mimic":
+        raise UserError(
+            f"weighting='gradient' got method='{method}'. Expected method='mimic': the others have errors of their own."
+        )
+
+
 def _towards_own(
     path: str,
     block: nn.Module,
@@ -145,6 +157,7 @@ def _towards_own(
     method: str,
     inputs: str,
     ready: Mapping[str, Factors],
+    minded: Mapping[str, Sensitivity],
     sum_: Sum,
 ) -> Iterator[LayerReport]:
     """Compress a block's layers, each to what its own weights give of its inputs, and put the data behind the block."""
@@ -154,13 +167,16 @@ def _towards_own(
         else:
             for _ in stream.outputs(path, block):
                 pass
-    _add_up(moments, sum_)
+    add_up(moments, sum_)
     for name, layer in layers.items():
         rank = ranks[name]
         if rank is None:
             factors = None
         elif name in ready:
             factors = ready[name]
+        elif name in minded:
+            nothing_more = TargetMoments.empty(moments[name], layer.out_features)
+            factors = regress(layer.weight, layer.bias, nothing_more, rank, sensitivity=minded[name])
         else:
             factors = compress(method, layer.weight, layer.bias, moments[name], rank)
         yield _replace(name, layer, moments[name], factors)
@@ -169,13 +185,19 @@ def _towards_own(
 
 
 def _towards_dense(
-    path: str, block: nn.Module, layers: Mapping[str, nn.Linear], ranks: Ranks, beside: DenseBeside, sum_: Sum
+    path: str,
+    block: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    ranks: Ranks,
+    beside: DenseBeside,
+    minded: Mapping[str, Sensitivity],
+    sum_: Sum,
 ) -> Iterator[LayerReport]:
     """The same towards what the layers give in the dense model, a stage after another."""
     for name, targets in beside.targets(path, block, layers, sum_):
         layer, rank = layers[name], ranks[name]
         shape, weight = LayerShape(layer.in_features, layer.out_features), layer.weight.detach()
-        factors = None if rank is None else regress(weight, layer.bias, targets, rank)
+        factors = None if rank is None else regress(weight, layer.bias, targets, rank, sensitivity=minded.get(name))
         measured = error_towards_targets(weight, layer.bias, factors, targets)
         variance = variance_of_targets(weight, targets)
         if factors is None:
@@ -183,61 +205,6 @@ def _towards_dense(
         else:
             _store(layer, factors)
             yield LayerReport(name, shape, rank, factors.predicted, measured, variance, factors.spectrum)
-
-
-def spectra_of(
-    model: nn.Module,
-    blocks: Mapping[str, nn.Module],
-    shapes: Mapping[str, LayerShape],
-    batches: Iterable[Batch],
-    keep: float,
-    sum_: Sum,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The eigenvalues of each layer's output covariance, falling, and what a unit of its error costs; both of the dense
-    model. `keep`: the share at which a layer's error is looked at.
-    """
-    stream = BlockInputs(model, blocks, batches)
-    spectra: dict[str, Tensor] = {}
-    costs: dict[str, float] = {}
-    ranks = uniform_ranks(shapes, keep)
-    for path, block in blocks.items():
-        mine = linears_of(block, path, tuple(shapes))
-        with moments_of(mine) as moments:
-            for _ in stream.outputs(path, block):
-                pass
-        _add_up(moments, sum_)
-        found = spectra_and_costs(stream, path, block, mine, moments, ranks, sum_)
-        spectra |= found[0]
-        costs |= found[1]
-        stream.advance(path, block)
-    return spectra, costs
-
-
-def _choose(
-    model: nn.Module,
-    blocks: Mapping[str, nn.Module],
-    shapes: Mapping[str, LayerShape],
-    batches: Iterable[Batch],
-    keep: float | None,
-    ranks: Mapping[str, int] | None,
-    allocation: str,
-    sum_: Sum,
-) -> Ranks:
-    if (keep is None) == (ranks is None):
-        raise UserError("Expected one of compress.keep and compress.ranks.")
-    if ranks is not None:
-        return given_ranks(shapes, ranks_by_layer(shapes, ranks))
-    assert keep is not None
-    require_keep(keep)
-    if allocation == "uniform" or keep == 1:
-        return uniform_ranks(shapes, keep)
-    return spectrum_ranks(shapes, *spectra_of(model, blocks, shapes, batches, keep, sum_), keep)
-
-
-def _add_up(moments: Mapping[str, Moments], sum_: Sum) -> None:
-    """Sum over the workers, each object once."""
-    for each in {id(one): one for one in moments.values()}.values():
-        sum_moments(each, sum_)
 
 
 def _replace(name: str, layer: nn.Linear, moments: Moments, factors: Factors | None) -> LayerReport:

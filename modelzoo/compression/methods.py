@@ -25,7 +25,7 @@ from modelzoo.compression.moments import Moments
 class Factors:
     """y ≈ weight_out (weight_in x) + bias; float64. `spectrum`: errors that each further rank takes away, falling.
 
-    `floor`: an error that no rank takes away.
+    `floor`: an error that no rank takes away. `error`: E|y − ŷ|² where the spectrum is of another kind of error.
     """
 
     weight_in: Tensor  # [rank, in]
@@ -33,6 +33,7 @@ class Factors:
     bias: Tensor | None
     spectrum: Tensor
     floor: float = 0.0
+    error: float | None = None
 
     @property
     def rank(self) -> int:
@@ -41,7 +42,7 @@ class Factors:
     @property
     def predicted(self) -> float:
         """The error E|y − ŷ|² that the method promises: what the ranks not taken would have removed."""
-        return self.floor + float(self.spectrum[self.rank :].sum())
+        return self.floor + float(self.spectrum[self.rank :].sum()) if self.error is None else self.error
 
 
 Method = Callable[[Tensor, "Tensor | None", Moments, int], Factors]

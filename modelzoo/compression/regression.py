@@ -12,22 +12,34 @@ nothing as long as the model stays as it is and everything when it is trained on
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from modelzoo.compression.methods import Factors, balanced, eigh, principal_outputs
 from modelzoo.compression.moments import TargetMoments
+from modelzoo.compression.sensitivity import Sensitivity
+from modelzoo.compression.weighted import weighted_projection
 
 # of the mean eigenvalue of Cov(x′); docs/lab-notes.md, "Low rank", has what other shares did
 RIDGE = 0.003
 
 
-def regress(weight: Tensor, bias: Tensor | None, targets: TargetMoments, rank: int, *, ridge: float = RIDGE) -> Factors:
+def regress(
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: TargetMoments,
+    rank: int,
+    *,
+    ridge: float = RIDGE,
+    sensitivity: Sensitivity | None = None,
+) -> Factors:
     """Factors of rank `rank` for weight [out, in] and bias [out]; float64 on the weight's device.
 
     C = W + Cov(t, x′) (Cov(x′) + ε I)⁻¹, ε being `ridge` of the mean eigenvalue, and W where x′ does not vary
     (eigenvalues below `targets.resolution` of E|x′|²): nothing was seen there to say otherwise. `Factors.floor` is what
-    no rank takes away.
+    no rank takes away. With a `sensitivity` the rank goes where the loss minds an error most (`weighted.py`).
     """
     wide, own = weight.detach().to(torch.float64), targets.own.covariance
     values, basis = eigh(own)
@@ -35,12 +47,18 @@ def regress(weight: Tensor, bias: Tensor | None, targets: TargetMoments, rank: i
     inverse = torch.where(is_seen, 1 / (values + ridge * values.mean()).where(is_seen, 1.0), 0.0)
     learned = targets.covariance @ basis * inverse @ basis.t()
     best = wide + learned
-    directions, spectrum = principal_outputs(best, own, rank)
-    inner = directions.t() @ best
-    offset = wide @ targets.own.mean + targets.mean - directions @ (inner @ targets.own.mean)
+    if sensitivity is None:
+        outer, spectrum = principal_outputs(best, own, rank)
+        inner = outer.t() @ best
+    else:
+        inner, outer, spectrum = weighted_projection(wide, best, own, sensitivity, rank)
+    offset = wide @ targets.own.mean + targets.mean - outer @ (inner @ targets.own.mean)
     if bias is not None:
         offset = offset + bias.detach().to(torch.float64)
-    return balanced(inner, directions, offset, spectrum, _floor(best, learned, directions, targets))
+    if sensitivity is None:
+        return balanced(inner, outer, offset, spectrum, _floor(best, learned, outer, targets))
+    factors = balanced(inner, outer, offset, spectrum)
+    return replace(factors, error=error_towards_targets(weight, bias, factors, targets))
 
 
 def _floor(best: Tensor, learned: Tensor, directions: Tensor, targets: TargetMoments) -> float:

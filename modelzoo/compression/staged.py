@@ -153,6 +153,12 @@ def _tap(output: Tensor, given: Sequence[tuple[str, Tensor]], sums: Sequence[Ten
     return min(found, key=lambda path: found[path], default=None)
 
 
+def add_up(moments: Mapping[str, Moments], sum_: Sum) -> None:
+    """Sum over the workers, each object once."""
+    for each in {id(one): one for one in moments.values()}.values():
+        sum_moments(each, sum_)
+
+
 def sum_moments(moments: Moments, sum_: Sum) -> None:
     """Make them those of all workers together."""
     count = torch.tensor(moments.count, dtype=torch.int64, device=moments.total.device)

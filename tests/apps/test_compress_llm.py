@@ -233,6 +233,8 @@ def test_the_watch_hears_of_each_batch_and_of_each_sum(
         ({"compress.targets": "dens"}, "Did you mean 'dense'"),
         ({"compress.targets": "dense", "compress.method": "svd_llm"}, "got compress.method=svd_llm. Choose mimic"),
         ({"compress.targets": "dense", "compress.inputs": "dense"}, "Expected compress.inputs=compressed"),
+        ({"compress.weighting": "gradients"}, "Did you mean 'gradient'"),
+        ({"compress.weighting": "gradient", "compress.method": "svd"}, "got compress.method=svd. Choose mimic"),
         ({"compress.match": "[lm_head]"}, "is in none of the model's blocks"),
     ],
 )

@@ -103,13 +103,22 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
     assert variants[3][4] == variants[0][4]  # the same product of other factors
 
     command[1] = "benchmarks/low_rank_rates.py"
-    command[6:] = ["tune=2", "keeps=0.5", f"out={tmp_path}/rates", "methods=svd_llm,mimic_dense", "tune_lrs=1e-9,3e-3"]
+    command[6:] = [
+        "tune=2",
+        "keeps=0.5",
+        f"out={tmp_path}/rates",
+        "methods=svd_llm,mimic_dense,mimic_gradient",
+        "tune_lrs=1e-9,3e-3",
+    ]
     command += ["allocations=uniform", "processes=2", "seeds=1,2"]
     first, second = (
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True) for _ in range(2)
     )
     cases = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rates").glob("*.json")}
-    assert cases.keys() == {"dense", "svd_llm-uniform-0.5", "mimic_dense-uniform-0.5"}
+    assert cases.keys() == {"dense"} | {
+        f"{method}-uniform-0.5" for method in ("svd_llm", "mimic_dense", "mimic_gradient")
+    }
+    assert cases["mimic_gradient-uniform-0.5"]["before"] != cases["mimic_dense-uniform-0.5"]["before"]
     assert all(case["after"]["1e-9"] == pytest.approx([case["before"]] * 2, rel=1e-5) for case in cases.values())
     assert all(0 < max(case["after"]["3e-3"]) < case["before"] for case in cases.values())
     assert cases["svd_llm-uniform-0.5"]["before"] == pytest.approx(float(variants[0][4].strip(",")), abs=1e-3)

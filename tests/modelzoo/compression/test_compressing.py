@@ -91,10 +91,12 @@ def test_better_methods_are_better_in_the_first_block_and_in_the_whole():
     assert logits["mimic"] < logits["svd"]
 
 
+@pytest.mark.parametrize("weighting", ["equal", "gradient"])
 @pytest.mark.parametrize("targets", ["own", "dense"])
-def test_four_workers_find_what_one_finds(targets):
+def test_four_workers_find_what_one_finds(targets, weighting):
     _, alone = pair()
-    expected = compress_model(alone, batches(8), keep=0.5, allocation="spectrum", targets=targets)
+    choices = {"keep": 0.5, "allocation": "spectrum", "targets": targets, "weighting": weighting}
+    expected = compress_model(alone, batches(8), **choices)
     meet, sums = threading.Barrier(4), {}
 
     def sum_(tensor: torch.Tensor) -> torch.Tensor:
@@ -109,14 +111,7 @@ def test_four_workers_find_what_one_finds(targets):
     found = {}
 
     def work(rank: int) -> None:
-        found[rank] = compress_model(
-            models[rank],
-            batches(8)[2 * rank : 2 * rank + 2],
-            keep=0.5,
-            allocation="spectrum",
-            targets=targets,
-            sum_=sum_,
-        )
+        found[rank] = compress_model(models[rank], batches(8)[2 * rank : 2 * rank + 2], sum_=sum_, **choices)
 
     threads = [threading.Thread(target=work, args=(rank,), name=str(rank)) for rank in range(4)]
     for thread in threads:
@@ -176,6 +171,8 @@ def test_mistakes_are_named_and_leave_the_model_as_it_was():
     refused("Did you mean 'svd_llm'", method="svdllm", keep=0.5)
     refused("Unknown allocation 'unifrom'. Did you mean 'uniform'", keep=0.5, allocation="unifrom")
     refused("Unknown inputs 'denses'. Did you mean 'dense'", keep=0.5, inputs="denses")
+    refused("Unknown weighting 'gradients'. Did you mean 'gradient'", keep=0.5, weighting="gradients")
+    refused("got method='svd'. Expected method='mimic'", keep=0.5, method="svd", weighting="gradient")
     refused("got match=up_proj too", ranks={"q_proj": 3}, match="up_proj")
     refused("got allocation='spectrum' too", ranks={"q_proj": 3}, allocation="spectrum")
     refused("Expected the share", keep=1.5)

@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modelzoo.compression.allocation import LayerShape
+from modelzoo.compression.budget import spectra_of
 from modelzoo.compression.choosing import blocks_of
-from modelzoo.compression.compressing import compress_model, spectra_of
+from modelzoo.compression.compressing import compress_model
 from modelzoo.compression.consequences import spectra_and_costs
 from modelzoo.compression.methods import compress
 from modelzoo.compression.streaming import BlockInputs, linears_of, moments_of
