@@ -12,6 +12,7 @@ import pytest
 
 from apps.compression.settings import CompressSettings
 from apps.training.config import parse, parse_dataclass
+from apps.training.data.options import PrepareOptions
 from benchmarks import low_rank, low_rank_report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,8 @@ def test_a_command_parses(words: list[str]) -> None:
     elif script == "apps/compress_llm.py":
         given = ["expand=true" if each == "--expand" else each for each in settings]
         assert parse_dataclass(CompressSettings, given, program=script)
+    elif script == "apps/prepare_data.py":
+        assert parse_dataclass(PrepareOptions, settings, program=script)
     else:
         assert script == "apps/train_llm.py"
         assert parse(settings).command in ("compile", "run")
