@@ -113,13 +113,18 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     predicts_next = type(model).__name__.endswith("ForCausalLM")
     if labels is None and predicts_next and isinstance(logits, Tensor) and isinstance(ids, Tensor):
         targets = ids.masked_fill(mask == 0, -100) if isinstance(mask, Tensor) else ids
-        wide = logits[:, :-1].flatten(0, 1)
-        wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
-        return F.cross_entropy(wide, targets[:, 1:].flatten(), reduction="sum")
+        rows = zip(logits.unbind(0), targets, strict=True)
+        return torch.stack([checkpoint(_next_tokens, *row, use_reentrant=False) for row in rows]).sum()
     raise UserError(
         f"weighting='gradient' needs a loss, and {type(model).__name__} gives none on the calibration data. Give "
         "batches with labels, or use weighting='equal'."
     )
+
+
+def _next_tokens(logits: Tensor, ids: Tensor) -> Tensor:
+    """A row's loss; computed again in the backward, so that one row's logits are held in float32."""
+    wide = logits[:-1].to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, ids[1:], reduction="sum")
 
 
 def _watch(found: Sensitivity, layer: nn.Linear, inputs: tuple[Tensor, ...], y: Tensor) -> Tensor:
