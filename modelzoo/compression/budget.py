@@ -73,26 +73,29 @@ def weighted_spectra_of(
     return spectra
 
 
-def choose_ranks(
-    model: nn.Module,
-    blocks: Mapping[str, nn.Module],
-    shapes: Mapping[str, LayerShape],
-    batches: Iterable[Batch],
-    keep: float | None,
-    ranks: Mapping[str, int] | None,
-    allocation: str,
-    minded: Mapping[str, Sensitivity],
-    sum_: Sum,
-) -> Ranks:
-    """The rank of each layer, from `keep` or `ranks`; `minded`: weighted errors are compared, of any layer."""
+def stated_ranks(
+    shapes: Mapping[str, LayerShape], keep: float | None, ranks: Mapping[str, int] | None, allocation: str
+) -> Ranks | None:
+    """The rank of each layer, from `keep` or `ranks`; None where `ranks_by_spectra` has to look at spectra."""
     if (keep is None) == (ranks is None):
         raise UserError("Expected one of compress.keep and compress.ranks.")
     if ranks is not None:
         return given_ranks(shapes, ranks_by_layer(shapes, ranks))
     assert keep is not None
     require_keep(keep)
-    if allocation == "uniform" or keep == 1:
-        return uniform_ranks(shapes, keep)
+    return uniform_ranks(shapes, keep) if allocation == "uniform" or keep == 1 else None
+
+
+def ranks_by_spectra(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    shapes: Mapping[str, LayerShape],
+    batches: Iterable[Batch],
+    keep: float,
+    minded: Mapping[str, Sensitivity],
+    sum_: Sum,
+) -> Ranks:
+    """The share `keep` of all layers' numbers, spent where it takes away most; `minded`: of weighted errors."""
     if minded:
         spectra = weighted_spectra_of(model, blocks, shapes, batches, minded, sum_)
         return spectrum_ranks(shapes, spectra, dict.fromkeys(shapes, 1.0), keep)

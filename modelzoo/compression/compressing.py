@@ -17,7 +17,7 @@ from modelzoo.compression.allocation import (
     Ranks,
 )
 from modelzoo.compression.block_calls import Batch
-from modelzoo.compression.budget import choose_ranks
+from modelzoo.compression.budget import ranks_by_spectra, stated_ranks
 from modelzoo.compression.choosing import chosen_layers
 from modelzoo.compression.methods import METHODS, Factors, compress, measured_error
 from modelzoo.compression.moments import Moments, TargetMoments
@@ -94,8 +94,12 @@ def compress_model(
     was_training = model.training
     model.eval()
     try:
-        minded = sensitivities(model, blocks, layers, batches, sum_) if weighting == "gradient" else {}
-        chosen = choose_ranks(model, blocks, shapes, batches, keep, ranks, allocation, minded, sum_)
+        chosen = stated_ranks(shapes, keep, ranks, allocation)  # a mistake in them is told before any long work
+        replaced = layers if chosen is None else {name: each for name, each in layers.items() if chosen[name]}
+        minded = sensitivities(model, blocks, replaced, batches, sum_) if weighting == "gradient" and replaced else {}
+        if chosen is None:
+            assert keep is not None
+            chosen = ranks_by_spectra(model, blocks, shapes, batches, keep, minded, sum_)
         wanted = {name: rank for name, rank in chosen.items() if rank is not None}
         ready = learned(layers, wanted) if learned is not None and wanted else {}
         stream = BlockInputs(model, blocks, batches)

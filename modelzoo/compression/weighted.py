@@ -29,8 +29,10 @@ def weighted_projection(
         turned = root[:, None] * (basis.t() @ best)  # R C in the basis of G, where R is diagonal
         directions, spectrum = principal_outputs(turned, moment, rank)
         return directions.t() @ turned, basis @ (directions / root[:, None]), spectrum
-    inside = _pseudoinverse(weight.t() @ weight) @ weight.t() @ best  # P
-    minded = inside.t() @ second @ inside + damping * best.t() @ best  # CᵀGC
+    if best is not weight:
+        inside = _pseudoinverse(weight.t() @ weight) @ weight.t() @ best  # P
+        second = inside.t() @ second @ inside
+    minded = second + damping * best.t() @ best  # CᵀGC
     values, basis = eigh(moment)
     half = basis * values.sqrt()
     spectrum, right = eigh(half.t() @ minded @ half)

@@ -60,8 +60,9 @@ def test_the_model_is_left_as_it_was() -> None:
     model.model.layers[1].forward = lambda *given, **more: calls.append(1) or own(*given, **more)
     before = {name: (each.clone(), each.requires_grad) for name, each in model.named_parameters()}
     with torch.no_grad():
-        compress_model(model, batches(1), keep=1.0, weighting="gradient")
-    assert calls
+        found = sensitivities(model, *chosen_layers(model, None), batches(1), alone)
+    assert all(float(each.squared) > 0 for each in found.values())
+    assert len(calls) == 2  # forward, and again in the backward
     for name, each in model.named_parameters():
         assert each.grad is None
         assert each.requires_grad == before[name][1]
@@ -125,6 +126,35 @@ def test_what_nothing_reads_gets_no_rank(targets: str, allocation: str) -> None:
         with torch.no_grad():
             distance[weighting] = float((model(**batches(1, seed=5)[0]).logits - wanted).norm())
     assert distance["gradient"] < 0.75 * distance["equal"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "asked"),
+    [({"keep": 1.0}, []), ({"ranks": {"q_proj": 3, "up_proj": 30}}, ["q_proj"] * 3), ({"keep": 0.5}, None)],
+    ids=str,
+)
+def test_only_what_is_replaced_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, choice: dict[str, Any], asked: list[str] | None
+) -> None:
+    seen: list[str] = []
+
+    def watched(model: Any, blocks: Any, layers: Any, *rest: Any) -> Any:
+        seen.extend(name.rpartition(".")[2] for name in layers)
+        return sensitivities(model, blocks, layers, *rest)
+
+    monkeypatch.setattr("modelzoo.compression.compressing.sensitivities", watched)
+    compress_model(pair()[1], batches(1), weighting="gradient", **choice)
+    assert len(seen) == 21 if asked is None else seen == asked
+
+
+def test_a_mistake_in_the_ranks_is_told_before_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("gradients were asked for")
+
+    monkeypatch.setattr("modelzoo.compression.compressing.sensitivities", refuse)
+    for choice in ({"ranks": {"q_proj": 99}}, {"keep": 1.5}, {"keep": 0.5, "ranks": {"q_proj": 3}}):
+        with pytest.raises(UserError, match="Expected"):
+            compress_model(pair()[1], batches(1), weighting="gradient", **choice)
 
 
 def test_gradients_that_are_not_finite_are_named() -> None:
