@@ -208,7 +208,7 @@ def take_steps(
     from apps.training.evaluating import Evaluator
     from apps.training.nonfinite import NonFiniteLoss
     from apps.training.progress import Progress
-    from apps.training.reporting.lines import live_fields, step_line
+    from apps.training.reporting.lines import step_line
     from apps.training.reporting.run_reports import RunReports
 
     count, evaluator = trainer.count, Evaluator(config, trainer, loader, stop.asked)
@@ -228,7 +228,7 @@ def take_steps(
                     reports.append(record, progress)
                 if record.step % config.logging.every == 0 or record.step == count.total:
                     progress.write(step_line(record, count.position(record.step), loader.world_size))
-                progress.update(1, **live_fields(record), **outcome.efficiency.fields(record.seconds))
+                progress.update(1, **outcome.live_fields)
                 if evaluator.is_due(record.step):
                     evaluator.evaluate(record.step, outcome, progress)
                 saver.on_record(record.step, outcome)

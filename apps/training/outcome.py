@@ -15,12 +15,14 @@ from apps.training.data.storage import Dataset
 from apps.training.files import atomic_path
 from apps.training.lora import save_trained
 from apps.training.reporting import page
-from apps.training.reporting.lines import unigram_line
+from apps.training.reporting.lines import short, unigram_line
 from apps.training.reporting.loss_plot import write_loss_plot
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.reporting.summary import headline, loss_lines, summary_text
 from apps.training.reporting.throughput import Efficiency
 from apps.training.sampling import sample_text
+
+RECENT = 16  # steps that the progress line's pace is taken of
 
 
 @dataclass
@@ -45,6 +47,17 @@ class Outcome:
     def facts(self) -> dict[str, str]:
         """MFU and floor, where they are known, for the report's tiles."""
         return self.efficiency.fields(self._median_seconds) if self.steps else {}
+
+    @property
+    def live_fields(self) -> dict[str, str]:
+        """What the progress line shows beside the ETA: the last step's loss and rate, and the pace of the last few.
+
+        One step alone tells no pace: its loss is read late, and where a checkpoint is made that time is its neighbour's.
+        """
+        last, recent = self.steps[-1], self.steps[-RECENT:]
+        pace = short(median(record.tokens_per_second for record in recent))
+        fields = {"loss": f"{last.loss:.4f}", "lr": f"{last.lr:.3g}", "tokens/s": pace}
+        return fields | self.efficiency.fields(median(record.seconds for record in recent))
 
     @property
     def _median_seconds(self) -> float:

@@ -48,11 +48,6 @@ def settings_text(name: str, settings: object) -> str:
     return f"{name} ({values})" if values else name
 
 
-def live_fields(record: StepRecord) -> dict[str, str]:
-    """What the progress line shows beside the ETA."""
-    return {"loss": f"{record.loss:.4f}", "lr": f"{record.lr:.3g}", "tokens/s": short(record.tokens_per_second)}
-
-
 def short(number: float) -> str:
     """`812`, `12.3k`, `1.24M`, `70.6B`: three digits."""
     for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):

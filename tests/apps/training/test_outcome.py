@@ -43,6 +43,14 @@ def test_a_run_is_measured_by_its_median_step() -> None:
     assert outcome(steps=[]).facts == {}
 
 
+def test_the_progress_line_has_the_last_loss_and_the_pace_of_the_last_steps() -> None:
+    """Behind a checkpoint a step's time may be its neighbour's."""
+    steps = [dataclasses.replace(RECORD, seconds=seconds) for seconds in [60.0] * 8 + [0.5] * 14 + [0.8, 0.2]]
+    run = outcome(steps=steps, efficiency=Efficiency(flops=2e12, peak=8e12))
+    assert run.live_fields == {"loss": "2.0000", "lr": "0.001", "tokens/s": "16", "MFU": "50.0%"}
+    assert outcome().live_fields == {"loss": "2.0000", "lr": "0.001", "tokens/s": "16"}
+
+
 def test_without_a_tokenizer_there_is_a_checkpoint_and_a_report_but_no_sample(
     settings: dict[str, str], tiny_dataset: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from apps.training.reporting.lines import evaluation_line, live_fields, overview, settings_text, short, step_line
+from apps.training.reporting.lines import evaluation_line, overview, settings_text, short, step_line
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.schedules.trapezoid import Trapezoid
 from apps.training.steps import StepCount
@@ -40,10 +40,6 @@ def test_settings_are_spelled_as_one_types_them() -> None:
 def test_the_evaluation_line() -> None:
     assert evaluation_line(Evaluation(10, math.log(20), 5)) == "Evaluation loss: 2.9957, Perplexity: 20.0000"
     assert Evaluation(10, 1e4, 5).perplexity == math.inf
-
-
-def test_the_progress_line_has_loss_rate_and_speed() -> None:
-    assert live_fields(RECORD) == {"loss": "11.1906", "lr": "1e-05", "tokens/s": "5.38k"}
 
 
 @pytest.mark.parametrize(
