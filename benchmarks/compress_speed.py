@@ -3,9 +3,9 @@
     python benchmarks/compress_speed.py config_name=tinyllama-1.1b rows=256 length=2048
     python benchmarks/compress_speed.py config_name=demo rows=16 length=256 dtype=float32 device=cpu
 
-Settings are those of OWN: `batch_size` rows go through a block at a time; `method`, `allocation`, `keep`, `inputs` as
-compress_llm.py takes them. Prints one JSON line: seconds (by what they went to, and in all), and on a GPU the peak of
-memory beside what the model itself takes.
+Settings are those of OWN: `batch_size` rows go through a block at a time; `method`, `allocation`, `keep`, `inputs`,
+`targets`, `weighting` as compress_llm.py takes them. Prints one JSON line: seconds (by what they went to, and in all),
+and on a GPU the peak of memory beside what the model itself takes.
 """
 
 import json
@@ -30,6 +30,8 @@ OWN = {
     "allocation": "uniform",
     "keep": "0.5",
     "inputs": "compressed",
+    "targets": "own",
+    "weighting": "equal",
     "device": "auto",
 }
 
@@ -78,6 +80,8 @@ def program(argv: Sequence[str]) -> None:
         keep=float(own["keep"]),
         allocation=own["allocation"],
         inputs=own["inputs"],
+        targets=own["targets"],
+        weighting=own["weighting"],
         on_layer=on_layer,
     )
     seconds = now() - began

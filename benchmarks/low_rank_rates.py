@@ -1,14 +1,13 @@
-"""The table of benchmarks/low_rank.py for a larger model, each case trained at several rates: the best of them counts.
+"""What compression does to held-out perplexity: methods, two ways to spend the budget, before and after tuning.
 
-    python benchmarks/low_rank_rates.py model=outputs/low-rank-60m/runs/clm-60m-dense \
-        dataset=outputs/low-rank-60m/dataset out=outputs/low-rank-60m/rates length=512 tokens=131072 batch=16 \
-        tune_lrs=3e-5,1e-4,3e-4 seeds=7 processes=6
+    python benchmarks/low_rank_rates.py model=outputs/low-rank-demo/dense dataset=outputs/low-rank-demo/dataset \
+        out=outputs/low-rank-demo/rates tune_lrs=1e-4 seeds=7,8,9 processes=2
 
-Compresses the dense model `model` by each of `methods` with each of `allocations` at each of `keeps`, and trains each
-of these, and the dense model, for `tune` steps of `batch` rows at each peak of `tune_lrs`, once for each of `seeds`,
-which order the rows. What counts is the mean over the seeds at a case's best peak. `processes` of them share the
-machine's GPUs. Each case leaves a file in `out` and is not done again; the table and picture, `low-rank.md` and
-`low-rank.png`, are made of what is there (`processes=0`: of nothing new).
+Compresses the dense model `model`, of low_rank_dense.py, by each of `methods` with each of `allocations` at each of
+`keeps`, and trains each of these, and the dense model, for `tune` steps of `batch` rows at each peak of `tune_lrs`,
+once for each of `seeds`, which order the rows. What counts is the mean over the seeds at a case's best peak.
+`processes` of them share the machine's GPUs. Each case leaves a file in `out` and is not done again; the table and
+picture, `low-rank.md` and `low-rank.png`, are made of what is there (`processes=0`: of nothing new).
 """
 
 import json
@@ -137,9 +136,9 @@ def program(argv: Sequence[str]) -> None:
         share_out(own, int(own["processes"]))
     keeps, methods, allocations = (own[name].split(",") for name in ("keeps", "methods", "allocations"))
     figures = {case: figures_of(own, case) for case in cases}
-    found = Found(Path(own["model"]).name, methods, allocations, keeps, figures)
+    found = Found(methods, allocations, keeps, figures)
     (Path(own["out"]) / "low-rank.md").write_text(table(found) + "\n", encoding="utf-8")
-    picture([found], Path(own["out"]) / "low-rank.png")
+    picture(found, Path(own["out"]) / "low-rank.png")
     print(table(found))
 
 

@@ -1,4 +1,4 @@
-"""What a study of `low_rank.py` or `low_rank_rates.py` found, as a table and a picture."""
+"""What `low_rank_rates.py` found, as a table and a picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ class Figures:
 class Found:
     """A model's figures by (method, allocation, keep); those of the dense model itself are at DENSE."""
 
-    model: str
     methods: Sequence[str]
     allocations: Sequence[str]
     keeps: Sequence[str]
@@ -71,33 +70,32 @@ def shown(value: float | None, is_lowest: bool = False) -> str:
     return f"**{text}**" if is_lowest else text
 
 
-def picture(studies: Sequence[Found], path: Path) -> None:
-    """Perplexity against the share kept, a panel for each model, before and after."""
+def picture(found: Found, path: Path) -> None:
+    """Perplexity against the share kept, before and after."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(len(studies), 2, figsize=(11, 4.2 * len(studies)), squeeze=False, sharey="row")
-    for found, row in zip(studies, panels, strict=True):
-        for when, axes in zip(("before", "after"), row, strict=True):
-            for method in found.methods:
-                for allocation in found.allocations:
-                    points = [(float(keep), getattr(found.at(method, allocation, keep), when)) for keep in found.keeps]
-                    points = [(keep, value) for keep, value in points if value is not None]
-                    if points:
-                        style = "-" if allocation == "spectrum" else ":"
-                        label = f"{method}, {allocation}"
-                        axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[method], label=label)
-            dense = getattr(found.at(*DENSE), when)
-            if dense is not None:
-                axes.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
-            title = f"{found.model}, {when} the short training"
-            axes.set(title=title, xlabel="share of the blocks' numbers kept", ylabel="held-out perplexity")
-            seen = [value for line in axes.get_lines() for value in line.get_ydata()]
-            axes.set_yscale("log" if seen and max(seen) > 3 * min(seen) else "linear")
-            axes.grid(alpha=0.25, which="both")
-            axes.spines[["top", "right"]].set_visible(False)
-        row[1].legend(frameon=False, fontsize=8)
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for when, axes in zip(("before", "after"), panels, strict=True):
+        for method in found.methods:
+            for allocation in found.allocations:
+                points = [(float(keep), getattr(found.at(method, allocation, keep), when)) for keep in found.keeps]
+                points = [(keep, value) for keep, value in points if value is not None]
+                if points:
+                    style = "-" if allocation == "spectrum" else ":"
+                    label = f"{method}, {allocation}"
+                    axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[method], label=label)
+        dense = getattr(found.at(*DENSE), when)
+        if dense is not None:
+            axes.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
+        title = f"{when} the short training"
+        axes.set(title=title, xlabel="share of the blocks' numbers kept", ylabel="held-out perplexity")
+        seen = [value for line in axes.get_lines() for value in line.get_ydata()]
+        axes.set_yscale("log" if seen and max(seen) > 3 * min(seen) else "linear")
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -1,10 +1,10 @@
 """What in a compressed layer helps its short training: variants of svd_llm and mimic on the same rows, seed by seed.
 
-    python benchmarks/low_rank_seeds.py model=outputs/low-rank-study/runs/low_rank_model-dense \
+    python benchmarks/low_rank_seeds.py model=outputs/low-rank-study/dense \
         dataset=outputs/low-rank-study/dataset length=128 tokens=16384 tune=40 keeps=0.8,0.6,0.4 seeds=7,8,9
 
 One process compresses a dense model by each of `variants` at each of `keeps` (uniform) and trains each for `tune` steps
-of `batch` rows with torch's AdamW (matrices decayed by 0.1, clipped to 1) along benchmarks/low_rank.py's schedule, once
+of `batch` rows with torch's AdamW (matrices decayed by 0.1, clipped to 1) along low_rank_rates.py's schedule, once
 for each of `seeds`, which order the rows. A line for each: held-out perplexity before, the mean after, and the mean and
 standard deviation over the seeds of its difference to the first variant, on the same rows.
 """

@@ -52,7 +52,7 @@ class Outcome:
     def live_fields(self) -> dict[str, str]:
         """What the progress line shows beside the ETA: the last step's loss and rate, and the pace of the last few.
 
-        One step alone tells no pace: its loss is read late, and where a checkpoint is made that time is its neighbour's.
+        One step alone tells no pace: its loss is read late, and behind a checkpoint its time is its neighbour's.
         """
         last, recent = self.steps[-1], self.steps[-RECENT:]
         pace = short(median(record.tokens_per_second for record in recent))

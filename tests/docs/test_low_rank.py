@@ -1,4 +1,4 @@
-"""The commands of docs/low-rank.md have settings that exist, and the study of the methods runs, is resumed and told."""
+"""The commands of docs/low-rank.md have settings that exist, and the study of the methods runs, goes on and is told."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import pytest
 from apps.compression.settings import CompressSettings
 from apps.training.config import parse, parse_dataclass
 from apps.training.data.options import PrepareOptions
-from benchmarks import low_rank, low_rank_report
+from benchmarks import low_rank_report
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(
@@ -50,22 +50,17 @@ def tiny_shape(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def study_of(folder: Path, perplexities: dict[str, tuple[float, float]]) -> low_rank.Study:
-    """A study whose logs are there already."""
-    own = low_rank.OWN | {"out": str(folder), "models": "demo", "keeps": "0.6", "methods": "svd,mimic"}
-    (folder / "logs").mkdir(parents=True)
-    for name, (before, after) in perplexities.items():
-        start = "demo-dense" if name == "demo-dense" else f"{name}-compress"
-        said = f"Evaluation loss: 1.0, Perplexity: {before}" if name == "demo-dense" else f"Perplexity after: {before}"
-        (folder / "logs" / f"{start}.log").write_text(f"Perplexity before: 7\n{said}\n")
-        (folder / "logs" / f"{name}-tune.log").write_text(f"Evaluation loss: 1.0, Perplexity: {after}\n")
-    return low_rank.Study(own, [])
-
-
 def test_the_table_marks_the_lowest_and_says_what_was_lost(tmp_path: Path) -> None:
-    figures = {"demo-dense": (10.0, 9.0), "demo-svd-uniform-0.6": (5e4, 40.0), "demo-svd-spectrum-0.6": (30.0, 11.0)}
-    figures |= {"demo-mimic-uniform-0.6": (12.5, 11.5)}
-    lines = low_rank_report.table(study_of(tmp_path / "study", figures).found("demo")).splitlines()
+    figures = {("dense", "", ""): (10.0, 9.0), ("svd", "uniform", "0.6"): (5e4, 40.0)}
+    figures |= {("svd", "spectrum", "0.6"): (30.0, 11.0), ("mimic", "uniform", "0.6"): (12.5, 11.5)}
+    figures |= {("mimic", "spectrum", "0.6"): (None, None)}
+    found = low_rank_report.Found(
+        ["svd", "mimic"],
+        ["uniform", "spectrum"],
+        ["0.6"],
+        {case: low_rank_report.Figures(*values) for case, values in figures.items()},
+    )
+    lines = low_rank_report.table(found).splitlines()
     assert lines[2:6] == [
         "| svd | uniform | 5.0e+04 | 40.00 |",
         "| svd | spectrum | 30.00 | **11.00** |",
@@ -80,27 +75,29 @@ def test_the_table_marks_the_lowest_and_says_what_was_lost(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/low_rank.py", f"out={tmp_path}/study", f"models={tiny_shape}", "steps=8"]
-    command += ["tune=2", "tokens=256", "keeps=0.5", "methods=mimic", "allocations=spectrum", "jobs=1", "length=32"]
-    command += [f"input={ROOT}/docs/*.md", "vocabulary=300", "compile.target=eager", "compile.arch=cpu"]
+    command = [
+        sys.executable,
+        "benchmarks/low_rank_dense.py",
+        f"out={tmp_path}/study",
+        f"model={tiny_shape}",
+        "steps=8",
+    ]
+    command += [f"input={ROOT}/docs/*.md", "vocabulary=300", "length=32", "compile.target=eager"]
     first, second = (
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=True) for _ in range(2)
     )
-    assert "FAILED" not in first.stdout
-    name = f"{tiny_shape.name}-mimic-spectrum-0.5"
-    assert f"done   {name}-tune" in first.stdout
-    assert "done" not in second.stdout
-    assert (tmp_path / "study" / "low-rank.png").stat().st_size > 10_000
-    found = json.loads((tmp_path / "study" / "low-rank.json").read_text())
-    assert found.keys() == {f"{tiny_shape.name}-dense", name}
-    assert all(100 < value < 400 for figures in found.values() for value in figures.values())  # 300 tokens
+    assert [line.split(":")[0] for line in first.stdout.splitlines()] == ["prepare", "train"]
+    assert second.stdout == ""
+    told = (tmp_path / "study" / "logs" / "train.log").read_text()
+    perplexity = float(re.findall(r"^Evaluation loss: \S+, Perplexity: (\S+)$", told, re.MULTILINE)[-1])
+    assert 100 < perplexity < 400  # 300 tokens
 
     command = [sys.executable, "benchmarks/low_rank_seeds.py", f"dataset={tmp_path}/study/dataset", "length=32"]
-    command += [f"model={tmp_path}/study/runs/{tiny_shape.name}-dense", "tokens=256", "batch=4", "tune=2", "keeps=0.5"]
+    command += [f"model={tmp_path}/study/dense", "tokens=256", "batch=4", "tune=2", "keeps=0.5"]
     command += ["seeds=1,2", "variants=svd_llm,mimic_dense,mimic_frozen,svd_llm_singular"]
     seeds = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True)
     dense, *variants = (line.split() for line in seeds.stdout.splitlines())
-    assert float(dense[1]) == pytest.approx(found[f"{tiny_shape.name}-dense"]["before"], rel=1e-3)
+    assert float(dense[1]) == pytest.approx(perplexity, rel=1e-3)
     assert [line[2] for line in variants] == ["svd_llm", "mimic_dense", "mimic_frozen", "svd_llm_singular"]
     assert variants[0][-3:] == ["+0.000", "±", "0.000"]  # against itself
     assert variants[3][4] == variants[0][4]  # the same product of other factors
@@ -135,6 +132,8 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("script", "given", "told"),
     [
+        ("low_rank_dense", ["model=demo"], "Expected one of steps=N and minutes=M"),
+        ("low_rank_dense", ["steps=3", "model"], "Setting model has no value. Expected model=VALUE."),
         ("low_rank_seeds", ["modle=x"], "Unknown setting 'modle'. Did you mean 'model'?"),
         ("low_rank_seeds", ["model=x"], "dataset is not given. Expected dataset=DIR"),
         ("low_rank_rates", ["dataset=x"], "model is not given. Expected model=DIR"),
