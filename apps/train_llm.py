@@ -108,7 +108,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     from apps.training.parameter_groups import groups_table
     from apps.training.programs import make_program, require_artifact, run_memory
     from apps.training.recipe import make_recipe
-    from apps.training.reporting.lines import overview, settings_text
+    from apps.training.reporting.lines import overview, settings_text, tell_unread
     from apps.training.statistics import make_statistics
     from apps.training.steps import accumulation_steps, count_steps
     from apps.training.trainer import Trainer
@@ -123,6 +123,7 @@ def train_as_worker(config: TrainConfig, plan: StepPlan, checkpoint: Path | None
     memory = run_memory(config, plan, artifact, accumulation=accumulation, world_size=workers.world_size, free=free)
     require_memory(memory, free, str(device))
     require_room(output, memory.parameters)
+    tell_unread(config, checkpoint)
     print(f"Model: {plan.model_name}, {plan.parameters_text}; dtypes: {plan.precision.table()}")
     print(f"{plan.routing.table()}\nStep: {artifact.path if artifact else 'eager, without an artifact'}")
     print(f"Device: {describe(device)}; about {memory} needed, {gibibytes(free)} free", flush=True)

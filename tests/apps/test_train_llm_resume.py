@@ -25,3 +25,13 @@ def test_another_runs_folder_is_not_the_one_to_go_on_in(
     assert "Nothing is left to do" in capsys.readouterr().out
     assert run(settings, training__output_dir=str(other), training__overwrite_output_dir="true") == 0
     assert "Nothing is left to do" not in capsys.readouterr().out
+
+
+def test_a_place_to_load_from_that_is_not_loaded_from_is_told(
+    settings: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"training.max_steps": "1", "training.evaluate": "false", "lora.alpha": "16"}
+    assert run(settings, checkpoint__load_path=str(tmp_path / "there")) == 0
+    place, alpha = capsys.readouterr().err.splitlines()
+    assert place.startswith(f"warning: checkpoint.load_path={tmp_path / 'there'} is not read")
+    assert alpha.startswith("warning: lora.alpha=16 is not read")

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+from apps.training.config_schema import LoraConfig, TrainConfig
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.steps import Position, StepCount
+
+
+def tell_unread(config: TrainConfig, checkpoint: Path | None) -> None:
+    """A line on the error stream for each setting that looks as if it were used, and is not.
+
+    `checkpoint` is what the run goes on from. No error: a run's config.yaml may hold such settings as well.
+    """
+    source, lora = config.checkpoint, config.lora
+    if source.load_path is not None and not source.load and checkpoint is None:
+        _warn(
+            f"checkpoint.load_path={source.load_path} is not read: checkpoint.load=false. "
+            "Add checkpoint.load=true to go on from it."
+        )
+    if lora.alpha != LoraConfig().alpha and lora.r == 0 and lora.adapter is None:
+        _warn(f"lora.alpha={lora.alpha:g} is not read: lora.r=0 trains all weights. Set lora.r too to train updates.")
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def overview(count: StepCount, *, batch_size: int, workers: int = 1) -> str:

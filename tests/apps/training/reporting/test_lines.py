@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from apps.training.reporting.lines import evaluation_line, overview, settings_text, short, step_line
+from apps.training.config import parse
+from apps.training.reporting.lines import evaluation_line, overview, settings_text, short, step_line, tell_unread
 from apps.training.reporting.records import Evaluation, StepRecord
 from apps.training.schedules.trapezoid import Trapezoid
 from apps.training.steps import StepCount
@@ -48,3 +50,29 @@ def test_the_evaluation_line() -> None:
 )
 def test_short_numbers(number: float, text: str) -> None:
     assert short(number) == text
+
+
+UNREAD_PATH = (
+    "warning: checkpoint.load_path=there is not read: checkpoint.load=false. "
+    "Add checkpoint.load=true to go on from it.\n"
+)
+UNREAD_ALPHA = "warning: lora.alpha=16 is not read: lora.r=0 trains all weights. Set lora.r too to train updates.\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "checkpoint", "told"),
+    [
+        ("", None, ""),
+        ("checkpoint.load_path=there", None, UNREAD_PATH),
+        ("checkpoint.load_path=there lora.alpha=16", None, UNREAD_PATH + UNREAD_ALPHA),
+        ("checkpoint.load_path=there", Path("own/iter_3"), ""),  # training.resume=auto had one of this run's own
+        ("checkpoint.load_path=there checkpoint.load=true", Path("there/iter_3"), ""),
+        ("lora.alpha=16 lora.r=4", None, ""),
+        ("lora.alpha=16 lora.adapter=there", None, ""),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_told(
+    given: str, checkpoint: Path | None, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell_unread(parse(["command=run", *given.split()]), checkpoint)
+    assert capsys.readouterr().err == told
