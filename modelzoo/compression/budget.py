@@ -69,7 +69,7 @@ def weighted_spectra_of(
             stream.advance(path, block)
         add_up(moments, sum_)
         for name, layer in mine.items():
-            spectra[name] = weighted_spectrum(layer.weight, moments[name].covariance, minded[name])
+            spectra[name] = weighted_spectrum(layer.weight, moments[name], minded[name])
     return spectra
 
 

@@ -37,7 +37,7 @@ def spectra_and_costs(
     losses: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, layer in layers.items():
         weight, own, rank = layer.weight.to(torch.float64), moments[name], ranks[name] or 0
-        directions, spectra[name] = principal_outputs(weight, own.covariance, rank)
+        directions, spectra[name] = principal_outputs(weight, own.covariance, rank, own.principal)
         if not float(spectra[name][rank:].sum()) > 1e-6 * float(spectra[name].sum()):
             directions = directions[:, :0]  # nothing is lost at this rank: what a unit costs, all that varies tells
         mean = weight @ own.mean + (0 if layer.bias is None else layer.bias.to(torch.float64))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelzoo.compression.moments import Moments
+from modelzoo.compression.moments import Moments, eigh
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _svd_llm(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -
 
 
 def _mimic(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
-    directions, spectrum = principal_outputs(weight, moments.covariance, rank)
+    directions, spectrum = principal_outputs(weight, moments.covariance, rank, moments.principal)
     mean = weight @ moments.mean  # what the projection takes of it, a bias gives back; b itself needs no projection
     offset = mean - directions @ (directions.t() @ mean)
     return balanced(directions.t() @ weight, directions, offset if bias is None else bias + offset, spectrum)
@@ -95,8 +95,12 @@ def _mimic(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> 
 METHODS: dict[str, Method] = {"svd": _svd, "asvd": _asvd, "svd_llm": _svd_llm, "mimic": _mimic}
 
 
-def principal_outputs(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def principal_outputs(
+    weight: Tensor, moment: Tensor, rank: int, principal: Callable[[], tuple[Tensor, Tensor]] | None = None
+) -> tuple[Tensor, Tensor]:
     """U [out, rank], orthonormal, and all eigenvalues of C = W M Wᵀ, falling; M [in, in] symmetric, not negative.
+
+    `principal`: gives `eigh(M)`, where it is known or is asked for again.
 
     From whichever of C [out, out] and Mᐟ² WᵀW Mᐟ² [in, in] is smaller: they share their eigenvalues but zeros. Columns
     of U beyond the rank of C are zero: nothing varies there.
@@ -105,19 +109,13 @@ def principal_outputs(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor
     if out_features <= in_features:
         values, vectors = eigh(weight @ moment @ weight.t())
         return vectors[:, :rank], values
-    inner, basis = eigh(moment)
+    inner, basis = eigh(moment) if principal is None else principal()
     root = weight @ (basis * inner.sqrt())  # C = root rootᵀ
     values, vectors = eigh(root.t() @ root)
     seen = values[:rank].sqrt()
     is_seen = seen > seen[:1] * 1e-7  # the eigenvalues are exact to 1e-15 of the largest, these to its root
     directions = root @ vectors[:, :rank] * torch.where(is_seen, 1 / seen.where(is_seen, 1.0), 0.0)
     return directions, values
-
-
-def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, falling and none below 0, and their eigenvectors as columns."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.t()) / 2)
-    return values.flip(0).clamp_min(0.0), vectors.flip(1)
 
 
 def balanced(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Moments:
     total: Tensor
     magnitude: Tensor
     second: Tensor
+    _principal: tuple[int, Tensor, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Moments:
@@ -64,6 +65,12 @@ class Moments:
     def covariance(self) -> Tensor:
         """E[xxᵀ] − E[x]E[x]ᵀ."""
         return self.uncentred - torch.outer(self.mean, self.mean)
+
+    def principal(self) -> tuple[Tensor, Tensor]:
+        """`eigh` of the covariance. Kept until further tokens are counted: layers of one input have it in common."""
+        if self._principal is None or self._principal[0] != self.count:
+            self._principal = (self.count, *eigh(self.covariance))
+        return self._principal[1:]
 
 
 @dataclass
@@ -117,3 +124,9 @@ class TargetMoments:
     def covariance(self) -> Tensor:
         """Cov(t, x′)."""
         return self.uncentred - torch.outer(self.mean, self.own.mean)
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, falling and none below 0, and their eigenvectors as columns."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.t()) / 2)
+    return values.flip(0).clamp_min(0.0), vectors.flip(1)

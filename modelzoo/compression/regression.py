@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modelzoo.compression.methods import Factors, balanced, eigh, principal_outputs
+from modelzoo.compression.methods import Factors, balanced, principal_outputs
 from modelzoo.compression.moments import TargetMoments
 from modelzoo.compression.sensitivity import Sensitivity
 from modelzoo.compression.weighted import weighted_projection
@@ -42,16 +42,16 @@ def regress(
     no rank takes away. With a `sensitivity` the rank goes where the loss minds an error most (`weighted.py`).
     """
     wide, own = weight.detach().to(torch.float64), targets.own.covariance
-    values, basis = eigh(own)
+    values, basis = targets.own.principal()
     is_seen = values > targets.resolution * targets.own.uncentred.trace()
     inverse = torch.where(is_seen, 1 / (values + ridge * values.mean()).where(is_seen, 1.0), 0.0)
     learned = targets.covariance @ basis * inverse @ basis.t()
     best = wide + learned
     if sensitivity is None:
-        outer, spectrum = principal_outputs(best, own, rank)
+        outer, spectrum = principal_outputs(best, own, rank, targets.own.principal)
         inner = outer.t() @ best
     else:
-        inner, outer, spectrum = weighted_projection(wide, best, own, sensitivity, rank)
+        inner, outer, spectrum = weighted_projection(wide, best, targets.own, sensitivity, rank)
     offset = wide @ targets.own.mean + targets.mean - outer @ (inner @ targets.own.mean)
     if bias is not None:
         offset = offset + bias.detach().to(torch.float64)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modelzoo.compression.methods import eigh, principal_outputs
+from modelzoo.compression.methods import principal_outputs
+from modelzoo.compression.moments import Moments, eigh
 from modelzoo.compression.sensitivity import Sensitivity
 
 
 def weighted_projection(
-    weight: Tensor, best: Tensor, moment: Tensor, sensitivity: Sensitivity, rank: int
+    weight: Tensor, best: Tensor, inputs: Moments, sensitivity: Sensitivity, rank: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weight_in [rank, in], weight_out [out, rank] and the weighted errors that each rank takes away, falling.
 
-    `weight` [out, in] is the layer's W, `best` C, `moment` [in, in] of its inputs; float64, as the results.
+    `weight` [out, in] is the layer's W, `best` C; float64, as the results.
     """
     damping = sensitivity.damping(len(weight)).to(torch.float64)
     second = sensitivity.second.to(torch.float64)
@@ -27,13 +28,13 @@ def weighted_projection(
         values, basis = eigh(second)
         root = (values + damping).sqrt()
         turned = root[:, None] * (basis.t() @ best)  # R C in the basis of G, where R is diagonal
-        directions, spectrum = principal_outputs(turned, moment, rank)
+        directions, spectrum = principal_outputs(turned, inputs.covariance, rank, inputs.principal)
         return directions.t() @ turned, basis @ (directions / root[:, None]), spectrum
     if best is not weight:
         inside = _pseudoinverse(weight.t() @ weight) @ weight.t() @ best  # P
         second = inside.t() @ second @ inside
     minded = second + damping * best.t() @ best  # CᵀGC
-    values, basis = eigh(moment)
+    values, basis = inputs.principal()
     half = basis * values.sqrt()
     spectrum, right = eigh(half.t() @ minded @ half)
     sizes = spectrum[:rank].sqrt()
@@ -42,10 +43,10 @@ def weighted_projection(
     return right.t() @ minded, best @ right, spectrum
 
 
-def weighted_spectrum(weight: Tensor, moment: Tensor, sensitivity: Sensitivity) -> Tensor:
+def weighted_spectrum(weight: Tensor, inputs: Moments, sensitivity: Sensitivity) -> Tensor:
     """The weighted errors that each rank takes away, falling, for W itself."""
     wide = weight.detach().to(torch.float64)
-    return weighted_projection(wide, wide, moment, sensitivity, 0)[2]
+    return weighted_projection(wide, wide, inputs, sensitivity, 0)[2]
 
 
 def _pseudoinverse(matrix: Tensor) -> Tensor:

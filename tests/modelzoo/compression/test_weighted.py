@@ -70,7 +70,7 @@ def test_no_map_of_the_rank_is_better_where_errors_count_so(problem):
     least = float(singular[rank:].square().sum())
     size = float(singular.square().sum()) + 1e-12 * float(values.max()) * size_of(y)
     assert weighted_error_on(x, y, factors, counts) == pytest.approx(least, rel=1e-6, abs=1e-9 * size)
-    spectrum = weighted_spectrum(weight, nothing_more.own.covariance, sensitivity_of(weight, gradients))
+    spectrum = weighted_spectrum(weight, nothing_more.own, sensitivity_of(weight, gradients))
     assert float(spectrum[rank:].sum()) == pytest.approx(least, rel=1e-6, abs=1e-9 * size)
     mimic = compress("mimic", weight, None, nothing_more.own, rank)
     assert least <= weighted_error_on(x, y, mimic, counts) * (1 + 1e-9) + 1e-9 * size
@@ -88,7 +88,7 @@ def test_the_plain_error_is_known_beforehand(problem):
 def test_both_forms_of_a_sensitivity_tell_the_same(problem):
     """What is wanted lies in the range of W, as for layers that read the stream."""
     weight, x, _, targets, gradients, rank = problem
-    own, best = targets.own.covariance, weight + 0.1 * weight @ torch.ones(weight.shape[1], weight.shape[1]).double()
+    own, best = targets.own, weight + 0.1 * weight @ torch.ones(weight.shape[1], weight.shape[1]).double()
     maps, spectra = [], []
     for of_inputs in (False, True):
         sensitivity = sensitivity_of(weight, gradients, of_inputs)
