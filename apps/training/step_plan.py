@@ -122,11 +122,8 @@ def plan_step(config: TrainConfig) -> StepPlan:
     """Read the model's config (never its weights), route it, and say what the step is compiled for."""
     target = config.compile.target
     kind = "cpu" if target == "mlir" else device_kind(config.compile.arch)
-    if target == "mlir" and config.precision.rounding == "split":
-        raise UserError(
-            "optimizer.master_weights=split looks at the bits of numbers, which torch-mlir lowers to nothing, got "
-            "compile.target=mlir. Use optimizer.master_weights=float32: the same training."
-        )
+    if target == "mlir":
+        _require_lowerable(config.precision.rounding, config.compile.mlir.dialect)
     name, model_config = read_model_config(config)
     model = modelzoo.build_meta(model_config, dtype=config.model.dtype)
     routing = route(model, config.backend.rules, config.backend.default)
@@ -157,6 +154,21 @@ def plan_step(config: TrainConfig) -> StepPlan:
         target=describe_target(config.compile.mlir.dialect, config.compile.mlir.compiler) if target == "mlir" else {},
     )
     return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec, teacher)
+
+
+def _require_lowerable(rounding: str, dialect: str) -> None:
+    """UserError for updates that torch-mlir has no operators for: it would be found after minutes of lowering."""
+    if rounding == "split":
+        raise UserError(
+            "optimizer.master_weights=split looks at the bits of numbers, which torch-mlir lowers to nothing, got "
+            "compile.target=mlir. Use optimizer.master_weights=float32: the same training."
+        )
+    if rounding == "stochastic" and dialect in ("linalg", "tosa"):
+        raise UserError(
+            "optimizer.master_weights=stochastic looks at the bits of numbers, which torch-mlir does not lower to "
+            f"{dialect}, got compile.target=mlir. "
+            "Use optimizer.master_weights=float32, or compile.mlir.dialect=stablehlo."
+        )
 
 
 def read_model_config(config: TrainConfig) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 import ast
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,11 @@ def test_split_masters_are_not_for_torch_mlir(folder: Path) -> None:
         UserError, match=r"master_weights=split looks at the bits.*Use optimizer.master_weights=float32"
     ):
         plan_step(settings_of(folder, *given))
+
+
+@pytest.mark.parametrize(("dialect", "can"), [("linalg", False), ("tosa", False), ("stablehlo", True), ("torch", True)])
+def test_stochastic_rounding_is_for_dialects_that_cast_bits(dialect: str, can: bool, folder: Path) -> None:
+    given = ("compile.target=mlir", "model.dtype=bfloat16", "optimizer.master_weights=stochastic")
+    told = rf"does not lower to {dialect}, .*Use optimizer.master_weights=float32, or compile.mlir.dialect=stablehlo"
+    with nullcontext() if can else pytest.raises(UserError, match=told):
+        plan_step(settings_of(folder, *given, f"compile.mlir.dialect={dialect}"))
