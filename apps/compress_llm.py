@@ -50,7 +50,8 @@ def program(argv: Sequence[str]) -> None:
     from apps.training.workers.group import open_workers
 
     device = torch.device(choose_device(settings.device))
-    with open_workers(launch, device_type=device.type, timeout=settings.worker_timeout) as workers:
+    timeout = settings.worker_timeout
+    with open_workers(launch, device_type=device.type, timeout=timeout, setting="worker_timeout") as workers:
         if settings.expand:
             expand(settings, output, workers)
         else:

@@ -118,8 +118,11 @@ class Workers:
 
 
 @contextmanager
-def open_workers(launch: Launch, *, device_type: str, timeout: float) -> Iterator[Workers]:
-    """The workers of a run; `device_type` is "cpu" or "cuda", `timeout` the seconds without progress that end the job.
+def open_workers(
+    launch: Launch, *, device_type: str, timeout: float, setting: str = "training.worker_timeout"
+) -> Iterator[Workers]:
+    """The workers of a run; `device_type` is "cpu" or "cuda", `timeout` the seconds without progress that end the job,
+    `setting` what a user gives them by.
 
     Whatever ends the block in one worker ends the job: an exception is reported, once, and every process exits (2 for a
     mistake of the user, 1 otherwise). A block that ends well waits for everybody's: saving by worker 0 included.
@@ -130,7 +133,7 @@ def open_workers(launch: Launch, *, device_type: str, timeout: float) -> Iterato
     lifeline = None
     previous = _on_terminate(signal.SIG_DFL, _interrupt)
     try:
-        lifeline, store = join(launch, timeout=timeout)
+        lifeline, store = join(launch, timeout=timeout, setting=setting)
         lifeline.at("meeting the other workers", waiting=True)
         if store is None:  # worker 0 has failed and will say why
             time.sleep(timeout)

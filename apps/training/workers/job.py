@@ -41,8 +41,9 @@ class Worker:
 class Job:
     """`hear` and `lose` as things happen, `advance` as time goes by, then `verdict`."""
 
-    def __init__(self, world_size: int, *, timeout: float, machine: str = "") -> None:
-        self.world_size, self.timeout, self.machine = world_size, timeout, machine
+    def __init__(self, world_size: int, *, timeout: float, setting: str, machine: str = "") -> None:
+        """`timeout` is in seconds, `setting` what a user gives it by."""
+        self.world_size, self.timeout, self.setting, self.machine = world_size, timeout, setting, machine
         self.workers: dict[int, Worker] = {}
         self.clock = 0.0
         self.quiet = 0.0
@@ -135,7 +136,7 @@ class Job:
             some = ", ".join(missing[:8]) + (" …" if len(missing) > 8 else "")
             return Verdict(
                 f"error: {len(missing)} of {self.world_size} workers have not come up within {self.timeout:g} s: "
-                f"worker {some}. Look at their hosts, or raise training.worker_timeout.",
+                f"worker {some}. Look at their hosts, or raise {self.setting}.",
                 1,
             )
         at_work = [worker for worker in self.workers.values() if not worker.left]
@@ -147,7 +148,7 @@ class Job:
             kind = "shown no sign of life" if silent else "made no progress"
             return Verdict(
                 f"error: {self._name(one, process=True)} has {kind} for {self.timeout:g} s: {one.what}. "
-                "Raise training.worker_timeout if it needs longer.",
+                f"Raise {self.setting} if it needs longer.",
                 1,
             )
         if still and len(still) == len(at_work):

@@ -33,22 +33,26 @@ class Meeting:
     store_port: int = 0
 
 
-def join(launch: Launch, *, timeout: float, with_store: bool = True) -> tuple[Lifeline, Store | None]:
+def join(
+    launch: Launch, *, timeout: float, setting: str = "", with_store: bool = True
+) -> tuple[Lifeline, Store | None]:
     """Meet the other workers. Worker 0 starts the watch; the store is None when this or worker 0 needs none.
 
-    `timeout` is in seconds. UserError when workers cannot meet: mixed MPI installations, no way to worker 0.
+    `timeout` is in seconds, `setting` what a user gives it by. UserError when workers cannot meet: mixed MPI
+    installations, no way to worker 0.
     """
     if "MASTER_ADDR" in os.environ or launch.launcher == "slurm":
         store = _given_store(launch, timeout, os.environ)
         if launch.is_first:
-            store.set("substrate/watch", json.dumps(asdict(open_watch(launch, timeout, os.environ.get("MASTER_ADDR")))))
+            watch = open_watch(launch, timeout, setting, os.environ.get("MASTER_ADDR"))
+            store.set("substrate/watch", json.dumps(asdict(watch)))
         meeting = Meeting(**json.loads(store.get("substrate/watch")))
         return _lifeline(launch, meeting, timeout), store
 
     opened: TCPStore | None = None
     mine = None
     if launch.is_first:
-        mine = open_watch(launch, timeout, None)
+        mine = open_watch(launch, timeout, setting, None)
         if with_store:
             opened = _tcp_store(mine.hosts[0], 0, launch, timeout)
             mine = Meeting(mine.hosts, mine.watch_port, mine.token, opened.port)
@@ -85,7 +89,7 @@ def _tcp_store(host: str, port: int, launch: Launch, timeout: float) -> TCPStore
     return TCPStore(host, port, launch.world_size, launch.is_first, timedelta(seconds=timeout), wait_for_workers=False)
 
 
-def open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meeting:
+def open_watch(launch: Launch, timeout: float, setting: str, given_host: str | None) -> Meeting:
     """Start the watch beside this process: a session of its own, our stderr."""
     listener = socket.create_server(("127.0.0.1" if launch.on_one_host else "", 0), backlog=launch.world_size)
     token = secrets.token_hex(16)
@@ -102,6 +106,7 @@ def open_watch(launch: Launch, timeout: float, given_host: str | None) -> Meetin
         "token": token,
         "world_size": launch.world_size,
         "timeout": timeout,
+        "setting": setting,
         "machine": machine(),
     }
     assert process.stdin

@@ -151,14 +151,14 @@ def kill(pid: int) -> None:
 
 
 def main() -> None:
-    """stdin: one line of JSON with the token, the number of workers, the timeout in seconds, and this machine's name.
+    """stdin: one line of JSON with token, number of workers, timeout in seconds, its setting, and this machine's name.
 
     The listening socket is inherited as file descriptor `fd`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     given = json.loads(sys.stdin.readline())
-    job = Job(given["world_size"], timeout=given["timeout"], machine=given["machine"])
+    job = Job(given["world_size"], timeout=given["timeout"], setting=given["setting"], machine=given["machine"])
     Watch(socket.socket(fileno=given["fd"]), job, given["token"]).run()
 
 

@@ -40,7 +40,10 @@ def program(argv: Sequence[str]) -> int:
     from apps.training.interrupt import StopRequest
     from apps.training.workers.group import open_workers
 
-    with open_workers(launch, device_type="cpu", timeout=TIMEOUT) as workers, StopRequest() as stop:
+    with (
+        open_workers(launch, device_type="cpu", timeout=TIMEOUT, setting="its.timeout") as workers,
+        StopRequest() as stop,
+    ):
         print(f"rank {workers.rank} prints", flush=True)
         print(f"rank {workers.rank} warns", file=sys.stderr, flush=True)
         print("text:", workers.broadcast_text(f"of rank {workers.rank}"), flush=True)

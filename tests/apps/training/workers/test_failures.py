@@ -62,7 +62,7 @@ def alive_with(marker: str) -> list[str]:
 def test_a_stuck_worker_is_named_and_those_who_wait_for_it_are_not() -> None:
     error = only_error(run("mpich", "stuck", "0"))
     assert "Worker 0 of 2" in error
-    assert "has made no progress for 3.5 s: reading rows of step 10." in error
+    assert "has made no progress for 3.5 s: reading rows of step 10. Raise its.timeout if it needs longer." in error
 
 
 def test_a_mistake_that_all_workers_find_is_said_once() -> None:

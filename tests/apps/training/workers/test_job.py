@@ -10,7 +10,7 @@ TIMEOUT = 30.0
 
 
 def job_of(workers: int, *, up: int | None = None) -> Job:
-    job = Job(workers, timeout=TIMEOUT, machine="m")
+    job = Job(workers, timeout=TIMEOUT, setting="its.timeout", machine="m")
     for rank in range(workers if up is None else up):
         job.hear(rank, {"host": f"host{rank}", "machine": "m", "pid": 100 + rank})
     return job
@@ -50,7 +50,7 @@ def test_the_worker_to_blame_is_the_one_that_does_not_wait() -> None:
     live(job, 2, waiting=[0, 2], what="reading rows of step 17")
     assert text(job) == (
         "error: Worker 1 of 3 (host1, process 101) has made no progress for 30 s: reading rows of step 17. "
-        "Raise training.worker_timeout if it needs longer."
+        "Raise its.timeout if it needs longer."
     )
     assert job.verdict().code == 1  # type: ignore[union-attr]
 
@@ -104,7 +104,10 @@ def test_workers_that_do_not_come_are_named() -> None:
     for _ in range(round(2 * TIMEOUT) + 2):
         job.hear(0, {"progress": 0, "what": "starting", "waiting": True})
         job.advance(0.5)
-    assert "2 of 4 workers have not come up within 30 s: worker 2, 3." in text(job)
+    assert (
+        "2 of 4 workers have not come up within 30 s: worker 2, 3. Look at their hosts, or raise its.timeout."
+        in text(job)
+    )
 
 
 def test_a_lost_connection_is_a_lost_worker() -> None:

@@ -34,7 +34,7 @@ def hear(link: socket.socket, what: str) -> dict[str, object]:
 
 
 def test_a_lost_worker_is_said_and_the_others_are_told_to_end(capfd: pytest.CaptureFixture[str]) -> None:
-    meeting = open_watch(FIRST, 60.0, None)
+    meeting = open_watch(FIRST, 60.0, "worker_timeout", None)
     with worker(meeting, 0) as first:
         with worker(meeting, 1) as second:
             say(second, progress=1, what="step 3", waiting=False)
@@ -47,7 +47,7 @@ def test_a_lost_worker_is_said_and_the_others_are_told_to_end(capfd: pytest.Capt
 
 
 def test_workers_that_have_all_left_are_over_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
-    meeting = open_watch(FIRST, 60.0, None)
+    meeting = open_watch(FIRST, 60.0, "worker_timeout", None)
     with worker(meeting, 0) as first, worker(meeting, 1) as second:
         say(second, left=True)
         hear(second, "beat")
@@ -63,7 +63,7 @@ def test_workers_that_have_all_left_are_over_without_a_word(capfd: pytest.Captur
     "greeting", [b"GET / HTTP/1.1\r\n\r\n", b'{"token": "wrong", "rank": 1}\n', b"{}\n", b"[]\n", b'"x"\n']
 )
 def test_strangers_are_sent_away_and_change_nothing(greeting: bytes, capfd: pytest.CaptureFixture[str]) -> None:
-    meeting = open_watch(FIRST, 60.0, None)
+    meeting = open_watch(FIRST, 60.0, "worker_timeout", None)
     with worker(meeting, 0) as first, worker(meeting, 1) as second:
         with socket.create_connection((meeting.hosts[0], meeting.watch_port), timeout=10) as stranger:
             stranger.sendall(greeting)
