@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from datetime import date
 from typing import Any, get_origin
 
 from apps.training.config_arguments import Assignment
@@ -35,7 +36,7 @@ def _checked_by_omegaconf(key: Key, item: Assignment, value: Any) -> Any:
     mappings = [kind for kind in key.members if get_origin(kind) is dict and isinstance(value, dict)]
     box = OmegaConf.structured(dataclasses.make_dataclass("Box", [("value", mappings[0] if mappings else key.type)]))
     try:
-        OmegaConf.update(box, "value", value)
+        OmegaConf.update(box, "value", _dates_as_text(value))
         converted = OmegaConf.to_container(box)["value"]  # type: ignore[index,call-overload]
     except (OmegaConfBaseException, OverflowError):  # of a whole number where a float is asked for
         raise _wrong_value(key, item) from None
@@ -54,6 +55,13 @@ def _read_text(key: Key, text: str) -> Any:
     if text == "null":
         return None
     return text if key.choices or key.plain_type is str else parse_yaml(text, f"{key.path}={text}")
+
+
+def _dates_as_text(value: Any) -> Any:
+    """`value` with the dates that YAML has read, which no setting is, as texts: logging.tags=[2024-12-05]."""
+    if isinstance(value, list):
+        return [_dates_as_text(each) for each in value]
+    return value.isoformat() if isinstance(value, date) else value
 
 
 def _in_range(value: float, key: Key) -> bool:

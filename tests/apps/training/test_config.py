@@ -79,6 +79,17 @@ def test_what_plus_adds_is_as_a_checkpoint_gives_it_back() -> None:
     assert parse(["command=run"], base=to_mapping(config)).extra == config.extra
 
 
+@pytest.mark.parametrize("day", ["2024-12-05", "2024-12-05 10:00:00"])
+def test_a_date_where_a_text_is_expected_is_its_text(day: str) -> None:
+    """YAML reads it as a date, in a list on the command line and anywhere in a file."""
+    text = day.replace(" ", "T")
+    config = parse(["command=run", f"logging.tags=[{day}, b]"])
+    assert config.logging.tags == [text, "b"]
+    assert from_file(to_yaml(config)) == config
+    read = from_file(f"command: run\nlogging: {{tags: [{day}], name: {day}}}\n")
+    assert (read.logging.tags, read.logging.name) == ([text], text)
+
+
 def test_plus_before_a_known_key_sets_that_key() -> None:
     assert parse(["command=run", "+compile.debug=True"]).compile.debug is True
 
