@@ -45,6 +45,10 @@ def require_artifact(config: TrainConfig, plan: StepPlan) -> Artifact | None:
     UserError when there is none or it was made for another step: the fields that differ, and the command to compile it.
     """
     if config.compile.target == "eager":
+        if config.run.cuda_graph == "on":
+            raise UserError(
+                "run.cuda_graph=on needs a compiled step, got compile.target=eager. Use run.cuda_graph=auto."
+            )
         return None
     command = compile_command(config)
     if config.run.artifact is not None:

@@ -47,6 +47,12 @@ def test_the_eager_twin_needs_no_artifact_and_updates_the_model_it_is_given(
     assert program.model is model
 
 
+def test_the_eager_twin_is_not_replayed_as_a_graph(config: TrainConfig, plan: StepPlan) -> None:
+    asked = dataclasses.replace(eager(config), run=dataclasses.replace(config.run, cuda_graph="on"))
+    with pytest.raises(UserError, match=r"cuda_graph=on needs a compiled step, got compile.target=eager. Use .*=auto"):
+        require_artifact(asked, plan)
+
+
 def test_without_an_artifact_the_error_is_a_command_that_can_be_pasted(config: TrainConfig, plan: StepPlan) -> None:
     with pytest.raises(UserError, match="There is no artifact in") as error:
         require_artifact(config, plan)
