@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import matplotlib.image
 import pytest
@@ -15,9 +14,7 @@ import torch
 
 import modelzoo
 from apps.compress_llm import main
-from apps.training.workers import group
 from apps.training.workers.group import Workers
-from backends.errors import UserError
 from tests import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,21 +188,6 @@ def test_two_workers_write_what_one_writes(
     for one, other in zip(*tables, strict=True):
         assert one[:2] == other[:2]
         assert one[2] == pytest.approx(other[2], rel=1e-4)
-
-
-def test_the_watch_names_this_programs_setting(
-    arguments: dict[str, object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, object] = {}
-
-    def open_workers(launch: object, **options: object) -> NoReturn:
-        given.update(options)
-        raise UserError("Enough.")
-
-    monkeypatch.setattr(group, "open_workers", open_workers)
-    code, _, error = run(capsys, monkeypatch, arguments | {"worker_timeout": 7})
-    assert (code, error) == (2, "error: Enough.\n")
-    assert (given["timeout"], given["setting"]) == (7.0, "worker_timeout")
 
 
 def test_the_watch_hears_of_each_batch_and_of_each_sum(
