@@ -63,6 +63,7 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
     import modelzoo
     from apps.compression.calibration import calibration_batches, find_data, perplexity, require_positions
     from apps.compression.learning import Learning
+    from apps.compression.passes import Passes
     from apps.compression.report import CSV, PICTURE, layer_table, summary, write_csv, write_picture
     from modelzoo.compression import compress_model
 
@@ -82,7 +83,10 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
         raise UserError(
             "compress.method=mimic_gd learns in one process. Start one worker, or use compress.method=mimic."
         )
-    with Progress(None, "Compressing", "layers", mode=settings.progress) as progress:
+    with (
+        Progress(None, "Compressing", "layers", mode=settings.progress) as progress,
+        Passes(workers, settings.progress) as passes,
+    ):
 
         def on_layer(report: Any) -> None:
             workers.doing(f"compressing behind {report.name}")
@@ -108,6 +112,7 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
             learned=learning,
             sum_=sum_,
             on_layer=on_layer,
+            on_pass=passes,
         )
     if not workers.is_first:
         return

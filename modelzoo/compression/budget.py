@@ -18,6 +18,7 @@ from modelzoo.compression.allocation import (
 from modelzoo.compression.block_calls import Batch
 from modelzoo.compression.choosing import ranks_by_layer
 from modelzoo.compression.consequences import spectra_and_costs
+from modelzoo.compression.passes import Tell, counted
 from modelzoo.compression.sensitivity import Sensitivity
 from modelzoo.compression.staged import Sum, add_up
 from modelzoo.compression.streaming import BlockInputs, linears_of, moments_of
@@ -31,6 +32,7 @@ def spectra_of(
     batches: Iterable[Batch],
     keep: float,
     sum_: Sum,
+    tell: Tell = lambda done, total: None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The eigenvalues of each layer's output covariance, falling, and what a unit of its error costs; both of the dense
     model. `keep`: the share at which a layer's error is looked at.
@@ -39,7 +41,7 @@ def spectra_of(
     spectra: dict[str, Tensor] = {}
     costs: dict[str, float] = {}
     ranks = uniform_ranks(shapes, keep)
-    for path, block in blocks.items():
+    for path, block in counted(blocks.items(), tell):
         mine = linears_of(block, path, tuple(shapes))
         with moments_of(mine) as moments:
             for _ in stream.outputs(path, block):
@@ -59,11 +61,12 @@ def weighted_spectra_of(
     batches: Iterable[Batch],
     minded: Mapping[str, Sensitivity],
     sum_: Sum,
+    tell: Tell = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """What each rank of a layer takes away of its weighted errors in the dense model: all in the loss's unit."""
     stream = BlockInputs(model, blocks, batches)
     spectra: dict[str, Tensor] = {}
-    for path, block in blocks.items():
+    for path, block in counted(blocks.items(), tell):
         mine = linears_of(block, path, tuple(shapes))
         with moments_of(mine) as moments:
             stream.advance(path, block)
@@ -94,9 +97,13 @@ def ranks_by_spectra(
     keep: float,
     minded: Mapping[str, Sensitivity],
     sum_: Sum,
+    tell: Tell = lambda done, total: None,
 ) -> Ranks:
-    """The share `keep` of all layers' numbers, spent where it takes away most; `minded`: of weighted errors."""
+    """The share `keep` of all layers' numbers, spent where it takes away most; `minded`: of weighted errors.
+
+    `tell` hears of each block whose spectra are taken.
+    """
     if minded:
-        spectra = weighted_spectra_of(model, blocks, shapes, batches, minded, sum_)
+        spectra = weighted_spectra_of(model, blocks, shapes, batches, minded, sum_, tell)
         return spectrum_ranks(shapes, spectra, dict.fromkeys(shapes, 1.0), keep)
-    return spectrum_ranks(shapes, *spectra_of(model, blocks, shapes, batches, keep, sum_), keep)
+    return spectrum_ranks(shapes, *spectra_of(model, blocks, shapes, batches, keep, sum_, tell), keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from modelzoo.compression.budget import ranks_by_spectra, stated_ranks
 from modelzoo.compression.choosing import chosen_layers
 from modelzoo.compression.methods import METHODS, Factors, compress, measured_error
 from modelzoo.compression.moments import Moments, TargetMoments
+from modelzoo.compression.passes import OnPass
 from modelzoo.compression.regression import error_towards_targets, regress, variance_of_targets
 from modelzoo.compression.sensitivity import Sensitivity, sensitivities
 from modelzoo.compression.staged import DenseBeside, Sum, add_up
@@ -70,6 +72,7 @@ def compress_model(
     learned: Learned | None = None,
     sum_: Sum = lambda tensor: tensor,
     on_layer: Callable[[LayerReport], None] = lambda report: None,
+    on_pass: OnPass = lambda what, of, done, total: None,
 ) -> list[LayerReport]:
     """Compress the linear layers of the model's blocks in place; a report of each, in the model's order.
 
@@ -79,7 +82,8 @@ def compress_model(
     longest with layers that are named. `inputs`: whether a block's moments are those behind its compressed predecessors
     or behind the dense ones. `weighting`: of mimic, whether errors of all outputs count alike or by the loss's
     gradients there; the batches then need a loss (`sensitivity.summed_loss`). `learned` makes all factors beforehand,
-    in place of `method`. `sum_` adds up a tensor over the workers of a job, each with batches of its own. Plain
+    in place of `method`. `sum_` adds up a tensor over the workers of a job, each with batches of its own.
+    `on_pass` hears how far the passes before the first layer are, of gradients and of spectra. Plain
     nn.Linear layers become `BackendLinear` with the backend lowrank. A UserError before the first block is replaced
     leaves the model as it was.
     """
@@ -96,10 +100,13 @@ def compress_model(
     try:
         chosen = stated_ranks(shapes, keep, ranks, allocation)  # a mistake in them is told before any long work
         replaced = layers if chosen is None else {name: each for name, each in layers.items() if chosen[name]}
-        minded = sensitivities(model, blocks, replaced, batches, sum_) if weighting == "gradient" and replaced else {}
+        minded: dict[str, Sensitivity] = {}
+        if weighting == "gradient" and replaced:
+            minded = sensitivities(model, blocks, replaced, batches, sum_, partial(on_pass, "gradients", "batches"))
         if chosen is None:
             assert keep is not None
-            chosen = ranks_by_spectra(model, blocks, shapes, batches, keep, minded, sum_)
+            tell = partial(on_pass, "spectra", "blocks")
+            chosen = ranks_by_spectra(model, blocks, shapes, batches, keep, minded, sum_, tell)
         wanted = {name: rank for name, rank in chosen.items() if rank is not None}
         ready = learned(layers, wanted) if learned is not None and wanted else {}
         stream = BlockInputs(model, blocks, batches)

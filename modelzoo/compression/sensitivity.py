@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backends.errors import UserError
 from modelzoo.compression.block_calls import Batch, without_cache
+from modelzoo.compression.passes import Tell, counted
 
 Sum = Callable[[Tensor], Tensor]
 # of the mean eigenvalue of G, added to G: what no gradient was seen for counts something
@@ -69,8 +70,10 @@ def sensitivities(
     layers: Mapping[str, nn.Linear],
     batches: Sequence[Batch],
     sum_: Sum,
+    tell: Tell = lambda done, total: None,
 ) -> dict[str, Sensitivity]:
-    """Of each layer, from the gradients of the model's loss on all batches; one forward and backward for each.
+    """Of each layer, from the gradients of the model's loss on all batches; one forward and backward for each, which
+    `tell` hears of.
 
     Blocks are computed again in the backward, so that activations of one are held. No parameter gets a gradient.
     UserError for batches without a loss, and naming a layer whose gradients are not finite.
@@ -85,7 +88,7 @@ def sensitivities(
         for name, layer in layers.items():
             handle = layer.register_forward_hook(partial(_watch, found[name]))
             stack.callback(handle.remove)
-        for batch in batches:
+        for batch in counted(batches, tell):
             loss = summed_loss(model, batch)
             if loss.requires_grad:
                 loss.backward()

@@ -197,12 +197,18 @@ def test_the_watch_hears_of_each_batch_and_of_each_sum(
     told: list[str] = []
     monkeypatch.setattr(Workers, "doing", lambda self, what: told.append(what))
     monkeypatch.setattr(Workers, "waiting", lambda self, what: told.append(what))
-    assert run(capsys, monkeypatch, arguments | {"compress.allocation": "spectrum", "batch_size": 2})[0] == 0
+    passes = {"compress.allocation": "spectrum", "compress.weighting": "gradient", "progress": "on"}
+    monkeypatch.setattr("apps.training.progress.LIVE_INTERVAL", 0.0)
+    code, _, err = run(capsys, monkeypatch, arguments | passes | {"batch_size": 2})
+    assert code == 0
     first = told.index("compressing behind model.layers.0.self_attn.q_proj")
     batches = [what for what in told[:first] if what.startswith("taking the perplexity, batch")]
     assert len(batches) > 1
     assert batches[-1].split()[-1] == str(len(batches))
     assert told[:first].count("compressing") == told[:first].count("waiting for the others' moments") > 2
+    for pass_ in ("gradients, 8 of 8 batches", "spectra, 2 of 2 blocks"):
+        assert f"taking {pass_} done" in told[:first]
+        assert f"Taking {pass_.replace(', ', ' ').replace(' of ', '/')}" in err
     assert told[-1] == batches[-1]  # the last thing, behind what is saved
 
 
