@@ -16,6 +16,7 @@ import modelzoo
 from apps.training.config_schema import DistillConfig, TrainConfig
 from apps.training.progress import Progress
 from backends.errors import UserError
+from backends.routing import route
 
 
 def teacher_config(config: TrainConfig, vocab_size: int) -> Any | None:
@@ -49,6 +50,12 @@ def teacher_config(config: TrainConfig, vocab_size: int) -> Any | None:
             f"model one of {vocab_size}. Expected a teacher of the same tokenizer."
         )
     return found
+
+
+def teacher_backends(found: Any, dtype: str) -> dict[str, Any]:
+    """What computes the teacher's layers, which its own checkpoint says: the source's fingerprint of each backend."""
+    rows = route(modelzoo.build_meta(found, dtype=dtype)).routes
+    return {"backends": {str(row.backend): row.backend.fingerprint()[:12] for row in rows}}
 
 
 def load_teacher(config: TrainConfig, found: Any, device: torch.device) -> Any:

@@ -22,7 +22,7 @@ from apps.training.activations import planned_activations
 from apps.training.compilers import device_kind
 from apps.training.config_schema import TrainConfig
 from apps.training.config_yaml import written
-from apps.training.distilling import teacher_config
+from apps.training.distilling import teacher_backends, teacher_config
 from apps.training.head_chunks import head_chunks, logit_bytes
 from apps.training.lora import add_updates, spec_fields
 from apps.training.loss import loss_terms
@@ -150,7 +150,7 @@ def plan_step(config: TrainConfig) -> StepPlan:
         lora=spec_fields(updates),
         skips_nonfinite=config.training.max_nonfinite_steps > 0,
         loss_terms=list(loss_terms(config.training)),
-        teacher={} if teacher is None else _graph_fields(teacher),
+        teacher={} if teacher is None else _graph_fields(teacher) | teacher_backends(teacher, config.model.dtype),
         target=describe_target(config.compile.mlir.dialect, config.compile.mlir.compiler) if target == "mlir" else {},
     )
     return StepPlan(name, model_config, model, routing, updates, config.precision, groups, spec, teacher)

@@ -13,6 +13,7 @@ from apps.training.config import parse
 from apps.training.step_plan import compile_command, plan_step
 from backends.errors import UserError
 from tests.apps.training.plans import SCALED, key_of, settings_of, write_config
+from tests.backends.spare_backend import Spare
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,18 @@ def modules_of_backends_in_use() -> set[str]:
                 found |= new
                 todo += [root / file for file in new]
     return found
+
+
+def test_the_code_that_computes_a_teacher_is_part_of_the_key(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint names the backend, which may be a file of the user's own."""
+    stored = {"model.layers.0.mlp.up_proj": {"use": "tests.backends.spare_backend:Spare"}}
+    given = f"training.distill.model_name_or_path={write_config(tmp_path / 'teacher', stored_layers=stored)}"
+    before = key_of(folder, given)
+    assert key_of(folder, given) == before
+    monkeypatch.setattr(Spare, "fingerprint", lambda self: "of another source")
+    assert key_of(folder, given) != before
 
 
 def test_cuda_without_a_gpu_is_a_users_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
