@@ -6,6 +6,9 @@ import math
 import sys
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor, nn
+
 from apps.training.reporting.records import StepRecord
 
 
@@ -28,6 +31,22 @@ def require_finite(record: StepRecord, *, bounds_values: bool) -> None:
                 f"The {what} of step {record.step} is {value} at learning rate {record.lr:.4g}; it was not saved. "
                 "Lower optimizer.lr, raise schedule.warmup_steps, or set training.max_grad_norm."
             )
+
+
+def are_finite(model: nn.Module) -> Tensor:
+    """Whether every trained weight is a finite number, 0-d; each is read once, and no device waited for."""
+    weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    largest = torch._foreach_norm(weights, torch.inf)  # NaN where one is
+    return torch.stack([each.double() for each in largest]).isfinite().all()
+
+
+def spoilt_weights(step: int) -> str:
+    """What is said of weights that `are_finite` denies: nothing else looked at the gradients."""
+    return (
+        f"The weights behind step {step} hold NaN or infinity, though its loss was finite: a gradient was not. They "
+        "were not saved. Set training.max_grad_norm, which sees it at once, or training.max_nonfinite_steps to skip "
+        "such updates."
+    )
 
 
 def skipped_in_a_row(records: Sequence[StepRecord]) -> int:

@@ -29,7 +29,9 @@ from apps.training.config import to_mapping
 from apps.training.config_schema import TrainConfig
 from apps.training.data.storage import Dataset
 from apps.training.files import require_writable
+from apps.training.host_copy import HostScalars
 from apps.training.lora import is_on
+from apps.training.nonfinite import NonFiniteLoss, are_finite, spoilt_weights
 from apps.training.outcome import Outcome
 from apps.training.parameter_groups import parameter_groups, state_elements
 from apps.training.reporting.output_folder import require_room
@@ -136,6 +138,7 @@ class Saver:
         self._saved_step = self._saved_evaluations = 0
         self._failure: UserError | None = None
         self._writer: CheckpointWriter | None = None
+        self._finite: HostScalars | None = None  # of the weights that were copied
         # Without checkpoints too: a tokenizer that cannot be loaded is better told now than after the last step.
         static = static_files(model, tokenizer) if workers.is_first else {}
         if config.checkpoint.save:
@@ -192,11 +195,17 @@ class Saver:
             return False
         self._wait_for_disk()
         self._writer.snapshot(step, self.model, self.program)
+        self._finite = HostScalars({"weights": are_finite(self.model)})
         return self._is_saved(step + 1)
 
     def on_record(self, step: int, outcome: Outcome) -> None:
-        """The numbers of `step` are there: write what was copied of it."""
-        if self._writer is not None and self._is_saved(step):
+        """The numbers of `step` are there: write what was copied of it.
+
+        NonFiniteLoss for weights that are no numbers: they would take the place of the last good ones.
+        """
+        if self._finite is not None and self._is_saved(step):
+            if not self._finite.read()["weights"]:
+                raise NonFiniteLoss(spoilt_weights(step))
             self._write(step, outcome)
 
     def on_end(self, outcome: Outcome) -> None:
@@ -209,8 +218,11 @@ class Saver:
             return
         if (step, len(outcome.evaluations)) > (self._saved_step, self._saved_evaluations):
             self._wait_for_disk()
-            self._writer.snapshot(step, self.model, self.program)
-            self._write(step, outcome)
+            if are_finite(self.model):
+                self._writer.snapshot(step, self.model, self.program)
+                self._write(step, outcome)
+            else:
+                self._failure = UserError(spoilt_weights(step))
         self.settle()
 
     def settle(self) -> None:

@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
-from apps.training.nonfinite import ended_over_skipped, skipped_in_a_row
+from apps.training.nonfinite import are_finite, ended_over_skipped, skipped_in_a_row
 from apps.training.reporting.records import StepRecord
 
+needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 RECORD = StepRecord(step=1, epoch=1, loss=2.0, lr=1e-3, num_tokens=8, num_counted=6, seconds=0.5, grad_norm=None)
 
 
@@ -29,3 +32,14 @@ def test_too_many_are_told_of_once_and_by_one_worker(capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err
     assert error.startswith("error: The loss or a gradient was NaN or infinite in 2 steps in a row, up to step 3 at ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0, -1.0])
+def test_one_weight_that_is_no_number_is_found(device: str, dtype: torch.dtype, value: float) -> None:
+    model = nn.ModuleList([nn.Linear(7, 5, dtype=dtype), nn.LayerNorm(3)]).to(device)
+    with torch.no_grad():
+        model[0].weight[4, 6] = value
+        model[1].weight[0] = torch.finfo(torch.float32).max
+    assert bool(are_finite(model)) == (abs(value) <= 1)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from apps.training.checkpointing.manifest import newest_complete
 from apps.training.checkpointing.reading import newest
@@ -92,6 +93,21 @@ def test_what_is_on_its_way_is_complete_once_it_has_settled(make_saver: Any, tmp
     found = newest(tmp_path / "checkpoints")
     assert found is not None
     assert found.step == 3
+
+
+def test_a_run_that_is_stopped_with_weights_that_are_no_numbers_does_not_save_them(
+    make_saver: Any, tmp_path: Path
+) -> None:
+    saver = make_saver(8, "checkpoint.save_steps=3", "checkpoint.keep=1")
+    outcome = SimpleNamespace(steps=records(3), evaluations=[], sums={}, last_step=5)
+    saver.on_queued(3)
+    saver.on_record(3, outcome)
+    with torch.no_grad():
+        next(saver.model.parameters())[0] = torch.nan
+    saver.on_end(outcome)
+    with pytest.raises(UserError, match="The weights behind step 5 hold NaN or infinity, though its loss was finite"):
+        saver.finish()
+    assert newest_complete(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "iter_3"
 
 
 @pytest.mark.parametrize(("overwrite", "left"), [("false", {2, 6}), ("true", {2})])
