@@ -2,12 +2,12 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import warm_python
 from tests.apps.test_train_llm import SCRIPT, arguments, losses
 from tests.apps.training.workers.launchers import command
 
@@ -17,7 +17,7 @@ Train = Callable[..., list[float]]
 
 def train_llm(settings: dict[str, str], launch: list[str] | None = None) -> subprocess.CompletedProcess[str]:
     """In a process of its own: one that has made IREE's runtime must not fork, as pytest's may."""
-    words = [*(launch or [sys.executable]), str(SCRIPT), *arguments(settings)]
+    words = [*(launch or [warm_python.python()]), str(SCRIPT), *arguments(settings)]
     return subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ)
 
 
@@ -35,7 +35,7 @@ def train(settings: dict[str, str], artifacts: Path, tmp_path: Path) -> Train:
             "training.evaluate": "false",
             "training.output_dir": str(tmp_path / name),
         }
-        ended = train_llm(given | changed, command("mpich", workers) if workers > 1 else None)
+        ended = train_llm(given | changed, command("mpich", workers, warm_python.python()) if workers > 1 else None)
         assert (ended.returncode, ended.stderr.count("error")) == (0, 0), ended.stderr
         return losses(tmp_path / name)
 

@@ -25,6 +25,7 @@ from backends.seeding import generator_of
 from compiled.artifact import open_artifact
 from compiled.program import CompiledProgram
 from compiled.reduction import Reducer
+from tests import warm_python
 
 STEPS = 3
 
@@ -113,9 +114,8 @@ def run_case(case: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]
 def run_job(cases: dict[str, dict[str, Any]], world_size: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Start so many workers, which run every case; what each of them found, by case. Most of it is starting them."""
     (folder / "job.json").write_text(json.dumps(cases))
-    started = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(world_size), folder]) for rank in range(world_size)
-    ]
+    command = [warm_python.python(), __file__]
+    started = [subprocess.Popen([*command, str(rank), str(world_size), folder]) for rank in range(world_size)]
     assert [worker.wait(timeout=300) for worker in started] == [0] * world_size
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world_size)] for name in cases}
 

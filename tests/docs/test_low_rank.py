@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from apps.compression.settings import CompressSettings
 from apps.training.config import parse, parse_dataclass
 from apps.training.data.options import PrepareOptions
 from benchmarks import low_rank_report
+from tests import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(
@@ -76,7 +76,7 @@ def test_the_table_marks_the_lowest_and_says_what_was_lost(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable,
+        warm_python.python(),
         "benchmarks/low_rank_dense.py",
         f"out={tmp_path}/study",
         f"model={tiny_shape}",
@@ -92,7 +92,7 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
     perplexity = float(re.findall(r"^Evaluation loss: \S+, Perplexity: (\S+)$", told, re.MULTILINE)[-1])
     assert 100 < perplexity < 400  # 300 tokens
 
-    command = [sys.executable, "benchmarks/low_rank_seeds.py", f"dataset={tmp_path}/study/dataset", "length=32"]
+    command = [warm_python.python(), "benchmarks/low_rank_seeds.py", f"dataset={tmp_path}/study/dataset", "length=32"]
     command += [f"model={tmp_path}/study/dense", "tokens=256", "batch=4", "tune=2", "keeps=0.5"]
     command += ["seeds=1,2", "variants=svd_llm,mimic_dense,mimic_frozen,svd_llm_singular"]
     seeds = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=True)
@@ -144,7 +144,7 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
 )
 def test_a_mistake_in_a_benchmarks_settings_is_one_line(script: str, given: list[str], told: str) -> None:
     done = subprocess.run(
-        [sys.executable, f"benchmarks/{script}.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [warm_python.python(), f"benchmarks/{script}.py", *given], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {told}")
@@ -155,7 +155,7 @@ def test_a_mistake_in_a_benchmarks_settings_is_one_line(script: str, given: list
 def test_the_time_of_a_compression_is_told(tiny_shape: Path) -> None:
     settings = f"config_name={tiny_shape} rows=4 length=16 batch_size=2 dtype=float32 device=cpu allocation=spectrum"
     done = subprocess.run(
-        [sys.executable, "benchmarks/compress_speed.py", *settings.split()],
+        [warm_python.python(), "benchmarks/compress_speed.py", *settings.split()],
         cwd=ROOT, capture_output=True, text=True, timeout=200, check=True,
     )  # fmt: skip
     told = json.loads(done.stdout)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm_python
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/mlir.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def shell(commands: str, folder: Path) -> str:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{Path(warm_python.python()).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     words = ["bash", "-euo", "pipefail", "-c", commands.replace("PYTHONPATH=.", "PYTHONPATH=.:$PYTHONPATH")]
     ended = subprocess.run(
         words, cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False

@@ -14,6 +14,7 @@ from compiled.build import build
 from compiled.mlir.compilers import CompileError
 from compiled.mlir.iree_cpu import IreeCompiler
 from compiled.mlir.lowering import MlirOptions
+from tests import warm_python
 from tests.compiled.conftest import Compile
 
 pytest.importorskip("iree.compiler", reason="needs the extra [mlir]")
@@ -21,9 +22,9 @@ pytest.importorskip("iree.runtime", reason="needs the extra [mlir]")
 CASES = Path(__file__).with_name("iree_cpu_cases.py")
 
 
-def case(name: str, *arguments: str) -> Any:
+def case(name: str, *arguments: str, python: str = sys.executable) -> Any:
     """What a case returns; a failed assertion in it, a crash of it, and whatever it writes to stderr are failures."""
-    done = subprocess.run([sys.executable, CASES, name, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([python, CASES, name, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 
@@ -72,7 +73,8 @@ def test_steps_equal_the_eager_twin(compile_step: Compile, tiny_config: Callable
     shape = ("training.batch_size=2", "model.max_seq_length=16", "compile.arch=cpu")
     config = f"checkpoint.config_name={tiny_config(**fields)}"
     shape = (*shape, f"backend.rules={json.dumps(rules)}")
-    found = case("steps", str(artifact.path), str(STEPS), "command=run", config, *shape, *settings)
+    given = (str(artifact.path), str(STEPS), "command=run", config, *shape, *settings)
+    found = case("steps", *given, python=warm_python.python())
     assert found["loss"] <= tolerance
     assert found["norm"] <= 10 * tolerance
     assert found["evaluation"] <= tolerance
@@ -92,7 +94,8 @@ def test_the_module_of_the_whole_step_equals_the_eager_twin(
     artifact.write_bytes(build(plan.model, plan.spec, plan.optimizers, plan.precision, mlir=mlir))
     shape = ("training.batch_size=2", "model.max_seq_length=16", "compile.arch=cpu")
     config = f"checkpoint.config_name={tiny_config(**fields)}"
-    found = case("whole_step", str(artifact), "3", "command=run", config, *shape, *settings)
+    given = (str(artifact), "3", "command=run", config, *shape, *settings)
+    found = case("whole_step", *given, python=warm_python.python())
     assert found["loss"] <= 1e-5
     assert found["norm"] <= 1e-5
     assert found["parameters"] <= 1e-4
