@@ -87,3 +87,12 @@ def test_other_uses_of_python_are_pythons_own() -> None:
     shown = subprocess.run([warm_python.python(), "-m", "json.tool"], input="[1]", capture_output=True, text=True)
     assert shown.stdout == "[\n    1\n]\n"
     assert sys.executable != warm_python.python()
+
+
+def test_every_program_shares_compiled_regions(tmp_path: Path) -> None:
+    """By one wrapper around the compiler, not by one more with each program: the second would wait for the first."""
+    program = tmp_path / "program.py"
+    program.write_text("import torch\nprint(torch._inductor.aot_compile)\n")
+    for _ in range(2):
+        shown = subprocess.run([warm_python.python(), program], capture_output=True, text=True, check=True).stdout
+        assert shown.count("compile_or_copy") == shown.count("partial") == 1

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -106,6 +107,7 @@ def children_ended() -> bool:
 def import_packages() -> None:
     """What nearly every program imports of other projects."""
     import datasets  # noqa: F401
+    import region_cache  # noqa: F401  (beside this file)
     import torch._inductor.compile_fx  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -146,6 +148,8 @@ def become(asked: dict[str, object], files: Sequence[int]) -> None:
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
     sys.executable = python()  # for programs that it starts
+    compiler = sys.modules["torch._inductor"]
+    compiler.aot_compile = partial(sys.modules["region_cache"].compile_or_copy, compiler.aot_compile)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None
     random.seed()

@@ -1,5 +1,6 @@
 """A model and a dataset small enough to train on in a second."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def equal_regions_made_once() -> Iterator[None]:
+    """For a test that compiles in this process and is about something else."""
+    from tests import region_cache
+
+    with region_cache.equal_regions_made_once():
+        yield
 
 
 @pytest.fixture

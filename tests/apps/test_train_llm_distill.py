@@ -72,6 +72,7 @@ def test_the_first_objective_is_the_formula_on_the_first_rows(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("equal_regions_made_once")
 def test_the_artifact_the_twin_two_workers_and_a_resumed_run_agree(
     taught: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from apps.training.cli import run_main
 from tests.apps.test_train_llm import losses, run
 from tests.apps.test_train_llm_workers import job
 
+pytestmark = pytest.mark.usefixtures("equal_regions_made_once")
 STEP = {"training.batch_size": "2", "training.global_batch_size": "4", "training.evaluate": "false"}
 
 

@@ -3,18 +3,15 @@
 import contextlib
 import hashlib
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.fx import GraphModule
 
 import modelzoo
 from apps.training.config import parse
@@ -22,15 +19,12 @@ from apps.training.hyperparameters import hyperparameter_table
 from apps.training.step_plan import StepPlan, plan_step
 from backends.precision import as_torch, at_least_float32
 from backends.routing import route
-from compiled import lowering
 from compiled.artifact import Artifact, open_artifact
 from compiled.build import build
-from compiled.capture import Captured
 from compiled.mlir.lowering import MlirOptions
 from compiled.program import CompiledProgram
-from compiled.regions import RegionSpec, TensorSpec
-from compiled.spec import float32_library
 from tests.compiled.step_worker import add_random_updates
+from tests.region_cache import equal_regions_made_once
 
 RECOMPUTED = "run.recompute=block"  # no part of the step: the artifact is that of the other settings
 
@@ -106,30 +100,6 @@ class Compiled:
 Compile = Callable[..., Compiled]
 
 
-@contextlib.contextmanager
-def lowering_once(folder: Path) -> Iterator[None]:
-    """Inside, a CPU region is copied from `folder` where an equal one was lowered before: equal as in a step, which
-    lowers equal blocks once."""
-    lower = lowering.lower
-
-    def lower_or_copy(graph: GraphModule, inputs: list[Tensor], device_type: str, path: Path, debug: None) -> int:
-        if device_type != "cpu":
-            return lower(graph, inputs, device_type, path, debug)
-        specs = [TensorSpec.of("", tensor) for tensor in inputs]
-        kept = folder / f"{Captured(graph, inputs, RegionSpec('', specs, [])).identity}-{float32_library()}.region"
-        with FileLock(f"{kept}.lock"):
-            if not kept.exists():
-                kernels = lower(graph, inputs, device_type, path, debug)
-                kept.with_suffix(".kernels").write_text(str(kernels))
-                shutil.copy(path, kept.with_suffix(".part"))
-                kept.with_suffix(".part").rename(kept)
-        shutil.copy(kept, path)
-        return int(kept.with_suffix(".kernels").read_text())
-
-    with mock.patch.object(lowering, "lower", lower_or_copy):
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes a small Llama config.json; keyword arguments change fields."""
@@ -198,7 +168,7 @@ def compile_step(plan_of: Callable[..., StepPlan], tmp_path_factory: pytest.Temp
                     # In this process, where Inductor is set up once for all tests; forks would do it for each artifact.
                     # torch-mlir is set up in a process of its own.
                     workers = None if mlir else 1
-                    with contextlib.nullcontext() if anew else lowering_once(shared):
+                    with contextlib.nullcontext() if anew else equal_regions_made_once():
                         content = build(plan.model, *how, teacher=plan.bare_teacher(), mlir=mlir, workers=workers)
                     path.with_suffix(".part").write_bytes(content)
                     path.with_suffix(".part").rename(path)
