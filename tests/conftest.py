@@ -76,8 +76,8 @@ settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's tests first: they take minutes, and the other workers have the rest to do meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The tests of the README, then of docs/ first: they take minutes, and who had them at the end would end last."""
+    items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path.parent.name != "docs"))
 
 
 @pytest.fixture(autouse=True)
