@@ -83,14 +83,7 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
         raise UserError(
             "compress.method=mimic_gd learns in one process. Start one worker, or use compress.method=mimic."
         )
-    with (
-        Progress(None, "Compressing", "layers", mode=settings.progress) as progress,
-        Passes(workers, settings.progress) as passes,
-    ):
-
-        def on_layer(report: Any) -> None:
-            workers.doing(f"compressing behind {report.name}")
-            progress.update()
+    with Passes(workers, settings.progress) as passes:
 
         def sum_(tensor: torch.Tensor) -> torch.Tensor:
             workers.waiting("waiting for the others' moments")
@@ -111,7 +104,6 @@ def compress(settings: CompressSettings, output: Path, workers: Workers, device:
             weighting=chosen.weighting,
             learned=learning,
             sum_=sum_,
-            on_layer=on_layer,
             on_pass=passes,
         )
     if not workers.is_first:

@@ -21,9 +21,9 @@ class Passes:
 
     def __call__(self, what: str, of: str, done: int, total: int) -> None:
         """`done` of `total` are done; the first call of a pass has none done."""
-        self.workers.doing(f"taking {what}, {done} of {total} {of} done")
+        self.workers.doing(f"{what}, {done} of {total} {of} done")
         if done == 0:
-            self._progress = self._up.enter_context(Progress(total, f"Taking {what}", of, mode=self.mode))
+            self._progress = self._up.enter_context(Progress(total, what.capitalize(), of, mode=self.mode))
         self._progress.show(done, total)
         if done == total:
             self._up.close()

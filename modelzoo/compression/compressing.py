@@ -83,7 +83,7 @@ def compress_model(
     or behind the dense ones. `weighting`: of mimic, whether errors of all outputs count alike or by the loss's
     gradients there; the batches then need a loss (`sensitivity.summed_loss`). `learned` makes all factors beforehand,
     in place of `method`. `sum_` adds up a tensor over the workers of a job, each with batches of its own.
-    `on_pass` hears how far the passes before the first layer are, of gradients and of spectra. Plain
+    `on_pass` hears how far it is: of the passes for gradients and spectra, and of the layers themselves. Plain
     nn.Linear layers become `BackendLinear` with the backend lowrank. A UserError before the first block is replaced
     leaves the model as it was.
     """
@@ -102,15 +102,17 @@ def compress_model(
         replaced = layers if chosen is None else {name: each for name, each in layers.items() if chosen[name]}
         minded: dict[str, Sensitivity] = {}
         if weighting == "gradient" and replaced:
-            minded = sensitivities(model, blocks, replaced, batches, sum_, partial(on_pass, "gradients", "batches"))
+            tell = partial(on_pass, "taking gradients", "batches")
+            minded = sensitivities(model, blocks, replaced, batches, sum_, tell)
         if chosen is None:
             assert keep is not None
-            tell = partial(on_pass, "spectra", "blocks")
+            tell = partial(on_pass, "taking spectra", "blocks")
             chosen = ranks_by_spectra(model, blocks, shapes, batches, keep, minded, sum_, tell)
         wanted = {name: rank for name, rank in chosen.items() if rank is not None}
         ready = learned(layers, wanted) if learned is not None and wanted else {}
         stream = BlockInputs(model, blocks, batches)
-        reports = []
+        reports: list[LayerReport] = []
+        on_pass("compressing", "layers", 0, len(shapes))
         widths = {name: shape.in_features for name, shape in shapes.items()}
         beside = DenseBeside(stream, widths, sum_) if targets == "dense" else None
         for path, block in blocks.items():
@@ -122,6 +124,7 @@ def compress_model(
             for report in block_reports:
                 reports.append(report)
                 on_layer(report)
+                on_pass("compressing", "layers", len(reports), len(shapes))
     finally:
         model.train(was_training)
     order = {name: number for number, name in enumerate(shapes)}

@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 Tell = Callable[[int, int], None]  # done, of how many
-OnPass = Callable[[str, str, int, int], None]  # what is taken, of what, done, of how many
+OnPass = Callable[[str, str, int, int], None]  # what is done, of what, done, of how many
 
 
 def counted(items: Collection[T], tell: Tell) -> Iterator[T]:

@@ -15,9 +15,9 @@ def test_each_pass_has_a_line_of_its_own_and_the_watch_hears_of_it(
     monkeypatch.setattr("apps.training.progress.LIVE_INTERVAL", 0.0)
     with Passes(workers, "on") as passes:
         for done in range(3):
-            passes("gradients", "batches", done, 2)
-        passes("spectra", "blocks", 0, 5)
-        passes("spectra", "blocks", 1, 5)  # and a mistake ends it here
+            passes("taking gradients", "batches", done, 2)
+        passes("taking spectra", "blocks", 0, 5)
+        passes("taking spectra", "blocks", 1, 5)  # and a mistake ends it here
     shown = [line.split("  ") for line in capsys.readouterr().err.split(CLEAR) if line]
     assert [line[0] for line in shown] == [
         "Taking gradients 0/2 batches",
