@@ -13,6 +13,7 @@ there. `out`/logs has a log for each part.
 
 import csv
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -31,10 +32,10 @@ from benchmarks.own_settings import own_and_others  # noqa: E402
 
 # the settings of a model's training
 MODELS = {
-    "demo": ["training.batch_size=8", "optimizer.lr=2e-3"],
-    "clm-60m": ["training.batch_size=16", "optimizer.lr=1e-3"],
+    "demo": {"training.batch_size": "8", "optimizer.lr": "2e-3"},
+    "clm-60m": {"training.batch_size": "16", "optimizer.lr": "1e-3"},
 }
-OTHER_MODELS = ["training.batch_size=8", "optimizer.lr=1e-3"]
+OTHER_MODELS = {"training.batch_size": "8", "optimizer.lr": "1e-3"}
 OWN = {
     "out": "outputs/low-rank-study",
     "model": "demo",
@@ -54,16 +55,23 @@ def program(argv: Sequence[str]) -> None:
     own, given = own_and_others(OWN, argv)
     if bool(own["steps"]) == bool(own["minutes"]):
         raise UserError("Expected one of steps=N and minutes=M, which say how long the training is.")
+    if not re.fullmatch(r"\d+" if own["steps"] else r"\d+(\.\d+)?", own["steps"] or own["minutes"]):
+        raise UserError(f"steps={own['steps']} minutes={own['minutes']}: no number. Expected e.g. steps=400.")
     out = Path(own["out"]).resolve()
     dataset = Path(own["dataset"] or out / "dataset").resolve()
     if not own["dataset"]:
-        wanted = [f"input={own['input']}", f"max_seq_length={own['length']}", f"vocab_size={own['vocabulary']}"]
-        wanted += [f"dev_ratio={own['dev_ratio']}", f"output_dir={dataset}"]
-        carry_out(out, "prepare", "apps/prepare_data.py", wanted)
-    start = [*MODELS.get(own["model"], OTHER_MODELS), f"checkpoint.config_name={own['model']}", "logging.every=100"]
-    start += [f"model.max_seq_length={own['length']}", f"training.dataset={dataset}"]
-    start += [f"compile.output_dir={out}/artifacts", "training.overwrite_output_dir=true"]
-    settings: dict[str, object] = dict(each.split("=", 1) for each in start) | given
+        wanted: dict[str, object] = {"input": own["input"], "output_dir": dataset, "max_seq_length": own["length"]}
+        wanted |= {"vocab_size": own["vocabulary"], "dev_ratio": own["dev_ratio"]}
+        carry_out(out, "prepare", "apps/prepare_data.py", arguments(wanted))
+    settings: dict[str, object] = {
+        "checkpoint.config_name": own["model"],
+        "model.max_seq_length": own["length"],
+        "training.dataset": dataset,
+        "training.overwrite_output_dir": "true",
+        "compile.output_dir": out / "artifacts",
+        "logging.every": 100,
+    }
+    settings |= MODELS.get(own["model"], OTHER_MODELS) | given
     if settings.get("compile.target") != "eager":
         carry_out(out, "compile", "apps/train_llm.py", ["command=compile", *arguments(settings)])
     steps = int(own["steps"] or steps_of(float(own["minutes"]), out, settings, own["launcher"]))

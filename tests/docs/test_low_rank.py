@@ -133,6 +133,7 @@ def test_a_small_study_runs_and_is_not_done_twice(tiny_shape: Path, tmp_path: Pa
     ("script", "given", "told"),
     [
         ("low_rank_dense", ["model=demo"], "Expected one of steps=N and minutes=M"),
+        ("low_rank_dense", ["steps=many"], "steps=many minutes=: no number. Expected e.g. steps=400."),
         ("low_rank_dense", ["steps=3", "model"], "Setting model has no value. Expected model=VALUE."),
         ("low_rank_seeds", ["modle=x"], "Unknown setting 'modle'. Did you mean 'model'?"),
         ("low_rank_seeds", ["model=x"], "dataset is not given. Expected dataset=DIR"),
